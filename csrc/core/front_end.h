@@ -1,0 +1,65 @@
+// What the op front ends share: argument checks, running work on an executor, starting and finishing an output.
+#pragma once
+#include <probquant/ops.h>
+
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace probquant {
+
+/// Throws Error(message...) unless the condition holds. Parts are strings and integers.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::string message;
+  const auto append = [&message](const auto& part) {
+    if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) message += std::to_string(part);
+    else message += part;
+  };
+  (append(parts), ...);
+  throw Error(message);
+}
+
+/// body(begin, end) over disjoint ranges of [0, count).
+template <class Body>
+void parallel_for(const Executor& executor, int64_t count, Body body) {
+  if (count <= 0) return;
+  if (count == 1 || executor.threads <= 1) return body(int64_t{0}, count);
+  executor.parallel_for(executor.self, count, [](void* argument, int64_t begin, int64_t end) { (*static_cast<Body*>(argument))(begin, end); }, &body);
+}
+
+/// body(sample, begin, end): splits [0, extent) of every sample, into more than one part only when there are fewer
+/// samples than threads.
+template <class Body>
+void parallel_over_samples(const Executor& executor, int64_t samples, int64_t extent, int64_t grain, Body body) {
+  if (samples <= 0 || extent <= 0) return;
+  int64_t parts = samples >= executor.threads ? 1 : (executor.threads + samples - 1) / samples;
+  parts = std::max<int64_t>(1, std::min(parts, extent / std::max<int64_t>(grain, 1)));
+  parallel_for(executor, samples * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts;
+      body(task / parts, extent * part / parts, extent * (part + 1) / parts);
+    }
+  });
+}
+
+/// Clears the stats of an output before kernels add to them.
+void clear_stats(const QuantizedOutput& y, int64_t samples, int64_t channels);
+inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t channels) {
+  return y.stats + sample * stats_columns(channels, y.channel_stats);
+}
+
+/// Writes one sample's parameters; an invalid sample gets scale NaN, zero point 0.
+void write_qparams(const QuantizedOutput& y, int64_t sample, const SampleEpilogue& epilogue, QParams qparams);
+/// After the kernels: the clip count of invalid samples becomes -1.
+void mark_invalid(const QuantizedOutput& y, int64_t samples, int64_t channels);
+
+/// Parameters given by a Strategy::fixed predictor [scale, zero_point].
+QParams fixed_qparams(const float* predictor);
+/// Checks that a predictor has the size its strategy needs.
+void check_predictor(const char* op, Strategy strategy, const float* predictor, int64_t size, int64_t wanted);
+
+}  // namespace probquant

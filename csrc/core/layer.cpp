@@ -1,0 +1,252 @@
+// Convolution and linear layers: validate, predict every sample's range, then run the row kernel of the selected ISA over
+// the executor's threads. The kernel's epilogue writes 8 bits at once; only the dynamic strategy needs a second pass.
+#include <algorithm>
+#include <vector>
+
+#include "front_end.h"
+
+namespace probquant {
+namespace {
+
+bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
+
+void check_shape(const Conv2dShape& s) {
+  require(s.batch >= 0, "conv2d: batch ", s.batch, ", want >= 0");
+  require(s.in_height > 0 && s.in_width > 0 && s.in_channels > 0, "conv2d: input [", s.in_height, ", ", s.in_width, ", ", s.in_channels,
+          "] (H, W, C), want positive sizes");
+  require(s.stride_height > 0 && s.stride_width > 0, "conv2d: stride (", s.stride_height, ", ", s.stride_width, "), want positive");
+  require(s.dilation_height > 0 && s.dilation_width > 0, "conv2d: dilation (", s.dilation_height, ", ", s.dilation_width, "), want positive");
+  require(s.padding_top >= 0 && s.padding_bottom >= 0 && s.padding_left >= 0 && s.padding_right >= 0, "conv2d: padding (", s.padding_top, ", ",
+          s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right, "), want >= 0");
+  require(s.groups > 0 && s.in_channels % s.groups == 0, "conv2d: groups ", s.groups, " does not divide in_channels ", s.in_channels);
+  require(s.out_height() > 0 && s.out_width() > 0, "conv2d: kernel (", s.kernel_height, ", ", s.kernel_width,
+          ") with dilation is larger than the padded input (", s.in_height + s.padding_top + s.padding_bottom, ", ",
+          s.in_width + s.padding_left + s.padding_right, ")");
+}
+
+int64_t field_weights(const Conv2dShape& s) { return s.kernel_height * s.kernel_width * (s.in_channels / s.groups); }
+
+void check_arguments(const Conv2dShape& s, const LayerArguments& a) {
+  require(a.activation == Activation::clamp || a.residual.q == nullptr, "conv2d: a curved activation cannot be fused behind a residual");
+  require(a.activation != Activation::clamp || a.activation_min <= a.activation_max, "conv2d: activation_min is above activation_max");
+  const int64_t wanted = a.strategy == Strategy::fixed              ? 2
+                         : a.strategy == Strategy::gaussian         ? kGaussianPredictorSize
+                         : a.strategy == Strategy::gaussian_channel ? gaussian_channel_predictor_size(s.out_channels)
+                                                                    : 0;
+  check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
+  if (!is_gaussian(a.strategy)) return;
+  require(a.gamma >= 0, "conv2d: gamma ", a.gamma, ", want >= 0");
+  require(a.x.stats != nullptr, "conv2d: the gaussian strategies need x.stats");
+  require(a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: the gaussian strategies need residual.stats");
+  const double largest = 255.0 * static_cast<double>(field_weights(s));
+  require(largest * largest * static_cast<double>(s.out_height() * s.out_width() * s.groups) < 9.2e18,
+          "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
+}
+
+SampleEpilogue epilogue_inputs(const LayerArguments& a, int64_t sample) {
+  const bool residual = a.residual.q != nullptr;
+  return sample_inputs(a.x.scale[sample], a.x.zero_point[sample], residual ? a.residual.scale[sample] : 1.0f,
+                       residual ? a.residual.zero_point[sample] : 0);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Prediction
+
+/// Per-sample scratch of a prediction: one entry, or one per group.
+using FieldScratch = std::vector<PatchSums>;
+
+/// Moments of the receptive fields of one sample: of group g (per_group), else of all.
+void sample_fields(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, bool per_group, FieldScratch& sums,
+                   std::vector<FieldMoments>& fields) {
+  const int64_t count = s.in_height * s.in_width * s.in_channels, weights = field_weights(s);
+  const int64_t* stats = a.x.stats + sample * a.x.stats_stride;
+  const size_t groups = per_group ? static_cast<size_t>(s.groups) : 1;
+  fields.resize(groups);
+  if (a.gamma == 0) {
+    std::fill(fields.begin(), fields.end(),
+              field_moments_of_input(stats[kStatsSum], stats[kStatsSquares], count, e.x_zero_point, weights, e.x_scale));
+    return;
+  }
+  sums.assign(groups, PatchSums{});
+  if (weights == count && s.out_height() == 1 && s.out_width() == 1 && s.padding_top + s.padding_left == 0 && s.padding_bottom + s.padding_right == 0) {
+    // one field that is the whole sample (a token, a pooled image): the producer's epilogue summed it already
+    const int64_t z = e.x_zero_point, t1 = stats[kStatsSum] - count * z;
+    sums[0] = {1, t1, stats[kStatsSquares] - 2 * z * stats[kStatsSum] + count * z * z, t1 * t1};
+  } else {
+    kernels().patch_sums(s, a.x.q + sample * count, e.x_zero_point, a.gamma, per_group, sums.data());
+  }
+  for (size_t g = 0; g < groups; ++g) fields[g] = field_moments(sums[g], e.x_scale);
+}
+
+/// Calls visit(law) for the one law of the layer, or for every output channel's.
+template <class Visit>
+void for_each_law(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, FieldScratch& sums,
+                  std::vector<FieldMoments>& fields, Visit visit) {
+  const bool per_channel = a.strategy == Strategy::gaussian_channel, residual = a.residual.q != nullptr;
+  sample_fields(s, a, sample, e, per_channel && s.groups > 1, sums, fields);
+  Law shortcut{};
+  if (residual) {
+    const int64_t* stats = a.residual.stats + sample * a.residual.stats_stride;
+    shortcut = law_of_stats(stats[kStatsSum], stats[kStatsSquares], s.out_height() * s.out_width() * s.out_channels, e.residual_zero_point,
+                            e.residual_scale);
+  }
+  const float* p = a.predictor + kPredictorLaw;
+  const int64_t laws = per_channel ? s.out_channels : 1, group_channels = s.out_channels / s.groups;
+  for (int64_t o = 0; o < laws; ++o) {
+    const FieldMoments& m = fields[fields.size() == 1 ? 0 : static_cast<size_t>(o / group_channels)];
+    Law law = per_channel ? gaussian_law(m, p[o], p[laws + o], p[2 * laws + o], 0.0f) : gaussian_law(m, p[0], p[1], p[2], p[3]);
+    if (residual) law = add_laws(law, shortcut, a.predictor[kPredictorRho]);
+    visit(o, law);
+  }
+}
+
+QParams predict(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, FieldScratch& sums,
+                std::vector<FieldMoments>& fields) {
+  float lo = kInfinity, hi = -kInfinity;
+  bool finite = true;
+  for_each_law(s, a, sample, e, sums, fields, [&](int64_t, Law law) {
+    float law_lo, law_hi;
+    law_range(law, a.predictor[kPredictorAlpha], a.predictor[kPredictorBeta], law_lo, law_hi);
+    finite = finite && is_finite(law_lo) && is_finite(law_hi);
+    lo = min_f(law_lo, lo);
+    hi = max_f(law_hi, hi);
+  });
+  if (!finite) return {kNan, 0};
+  activation_range(a.activation, a.activation_min, a.activation_max, lo, hi);
+  return qparams_from_range(lo, hi);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Running a row kernel
+
+/// Splits rows [row_begin, row_end) and, when rows are few, the blocks of output channels over the threads.
+void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int64_t row_end, const Executor& executor) {
+  constexpr int64_t kRowsPerTask = 48;  // a few register tiles: below that, splitting channels costs less than splitting rows
+  const PackedLayout& layout = p.layout;
+  const int64_t rows = row_end - row_begin, blocks = (layout.depthwise ? 1 : layout.groups) * layout.group_blocks;
+  const int64_t row_tasks = std::max<int64_t>(1, std::min<int64_t>(executor.threads, rows / kRowsPerTask));
+  const int64_t block_tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, executor.threads / row_tasks));
+  const auto first_channel = [&](int64_t block) {
+    return std::min(p.shape.out_channels,
+                    block / layout.group_blocks * layout.group_channels + block % layout.group_blocks * kBlockChannels);
+  };
+  parallel_for(executor, row_tasks * block_tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / block_tasks, j = task % block_tasks;
+      kernel(p, {row_begin + rows * i / row_tasks, row_begin + rows * (i + 1) / row_tasks, first_channel(blocks * j / block_tasks),
+                 first_channel(blocks * (j + 1) / block_tasks)});
+    }
+  });
+}
+
+/// Samples whose 32-bit output the dynamic strategy holds at once: what fits in about 1 MiB, at least one.
+int64_t dynamic_chunk(const Conv2dShape& s) {
+  const int64_t sample_bytes = 4 * s.out_height() * s.out_width() * s.out_channels;
+  return std::max<int64_t>(1, std::min<int64_t>(s.batch, (int64_t{1} << 20) / std::max<int64_t>(1, sample_bytes)));
+}
+
+/// Workspace of the dynamic strategy: accumulators of a chunk, then its ranges.
+void run_dynamic(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
+  const int64_t chunk = dynamic_chunk(p.shape), rows = p.rows_per_sample, channels = p.shape.out_channels;
+  auto* accumulators = static_cast<int32_t*>(a.workspace);
+  auto* range = reinterpret_cast<float*>(accumulators + chunk * rows * channels);
+  for (int64_t begin = 0; begin < p.shape.batch; begin += chunk) {
+    const int64_t end = std::min(p.shape.batch, begin + chunk);
+    p.accumulators = accumulators - begin * rows * channels;  // kernels index by absolute row and sample
+    p.range = range - 2 * begin;
+    for (int64_t n = begin; n < end; ++n) p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
+    run_rows(p, run.accumulate, begin * rows, end * rows, executor);
+    for (int64_t n = begin; n < end; ++n) {
+      SampleEpilogue& e = samples[static_cast<size_t>(n)];
+      const QParams y = qparams_from_range(p.range[2 * n], p.range[2 * n + 1]);
+      set_output(e, y, a.activation_min, a.activation_max);
+      write_qparams(a.y, n, e, y);
+    }
+    run_rows(p, kernels().layer_requantize, begin * rows, end * rows, executor);
+  }
+}
+
+}  // namespace
+
+int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy) {
+  if (strategy != Strategy::dynamic) return 0;
+  check_shape(shape);
+  return dynamic_chunk(shape) * (4 * shape.out_height() * shape.out_width() * shape.out_channels + 2 * static_cast<int64_t>(sizeof(float)));
+}
+
+void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& executor) {
+  check_shape(shape);
+  check_arguments(shape, a);
+  if (shape.batch == 0) return;
+
+  LayerProblem p(shape);
+  p.out_height = shape.out_height();
+  p.out_width = shape.out_width();
+  p.rows_per_sample = p.out_height * p.out_width;
+  p.x = a.x.q;
+  p.packed_weight = a.packed_weight;
+  p.residual = a.residual.q;
+  p.activation = a.activation;
+  p.activation_min = a.activation_min;
+  p.activation_max = a.activation_max;
+  p.y = a.y.q;
+  p.stats = a.y.stats;
+  p.channel_stats = a.y.channel_stats;
+  p.y_float = a.y_float;
+  p.accumulators = nullptr;
+  p.range = nullptr;
+
+  std::vector<SampleEpilogue> samples(static_cast<size_t>(shape.batch));
+  parallel_for(executor, is_gaussian(a.strategy) ? shape.batch : 1, [&](int64_t begin, int64_t end) {
+    if (!is_gaussian(a.strategy)) end = shape.batch;  // nothing to share out
+    FieldScratch sums;
+    std::vector<FieldMoments> fields;
+    for (int64_t n = begin; n < end; ++n) {
+      SampleEpilogue& e = samples[static_cast<size_t>(n)] = epilogue_inputs(a, n);
+      if (a.strategy == Strategy::none || a.strategy == Strategy::dynamic) continue;
+      const QParams y = a.strategy == Strategy::fixed ? fixed_qparams(a.predictor)
+                        : e.valid                     ? predict(shape, a, n, e, sums, fields)
+                                                      : QParams{kNan, 0};
+      set_output(e, y, a.activation_min, a.activation_max);
+      write_qparams(a.y, n, e, y);
+    }
+  });
+  p.samples = samples.data();
+
+  const int64_t rows = shape.batch * p.rows_per_sample;
+  const LayerKernels& run = p.layout.depthwise ? kernels().depthwise : kernels().dense;
+  if (a.strategy == Strategy::none) return run_rows(p, run.to_float, 0, rows, executor);
+  clear_stats(a.y, shape.batch, shape.out_channels);
+  if (a.strategy == Strategy::dynamic) {
+    require(a.workspace != nullptr, "conv2d: the dynamic strategy needs a workspace");
+    run_dynamic(p, run, a, samples, executor);
+  } else {
+    run_rows(p, run.quantized, 0, rows, executor);
+  }
+  mark_invalid(a.y, shape.batch, shape.out_channels);
+}
+
+void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law, const Executor& executor) {
+  check_shape(shape);
+  require(is_gaussian(a.strategy), "surrogate_law: strategy ", static_cast<int64_t>(a.strategy), " has no law, want gaussian or gaussian_channel");
+  check_arguments(shape, a);
+  const int64_t laws = a.strategy == Strategy::gaussian_channel ? shape.out_channels : 1;
+  parallel_for(executor, shape.batch, [&](int64_t begin, int64_t end) {
+    FieldScratch sums;
+    std::vector<FieldMoments> fields;
+    for (int64_t n = begin; n < end; ++n) {
+      const SampleEpilogue e = epilogue_inputs(a, n);
+      float* out = law + n * laws * 2;
+      if (!e.valid) {
+        std::fill_n(out, laws * 2, kNan);
+        continue;
+      }
+      for_each_law(shape, a, n, e, sums, fields, [&](int64_t o, Law l) {
+        out[2 * o] = l.mean;
+        out[2 * o + 1] = sqrtf(l.variance);
+      });
+    }
+  });
+}
+
+}  // namespace probquant

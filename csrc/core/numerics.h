@@ -1,0 +1,189 @@
+// The arithmetic of csrc/NUMERICS.md, written once: every scalar kernel on the CPU and every CUDA kernel calls these, and
+// every vector kernel must give their bits. Explicit fused multiply-adds, no contraction (-ffp-contract=off,
+// nvcc -fmad=false), IEEE division and square root, values kept normal.
+#pragma once
+#include <probquant/types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define PROBQUANT_HOST_DEVICE __host__ __device__
+#else
+#define PROBQUANT_HOST_DEVICE
+#endif
+
+namespace probquant {
+
+constexpr float kMinScale = 8.673617379884035e-19f;  // 2^-60
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNan = __builtin_nanf("");
+
+// min and max as vminps and vmaxps have them: the second operand wins when a NaN is involved.
+PROBQUANT_HOST_DEVICE inline float min_f(float a, float b) { return a < b ? a : b; }
+PROBQUANT_HOST_DEVICE inline float max_f(float a, float b) { return a > b ? a : b; }
+PROBQUANT_HOST_DEVICE inline float clamp_f(float t, float lo, float hi) { return min_f(max_f(t, lo), hi); }
+PROBQUANT_HOST_DEVICE inline bool is_finite(float x) { return std::fabs(x) < kInfinity; }
+
+/// Scale and zero point of one sample. An invalid one has scale NaN and zero point 0.
+struct QParams {
+  float scale;
+  int32_t zero_point;
+};
+
+PROBQUANT_HOST_DEVICE inline bool valid_scale(float scale) { return scale > 0.0f && scale < kInfinity; }
+PROBQUANT_HOST_DEVICE inline int32_t clamp_zero_point(int32_t z) { return z < 0 ? 0 : z > 255 ? 255 : z; }
+
+/// Range to parameters. A range that is not finite makes the sample invalid.
+PROBQUANT_HOST_DEVICE inline QParams qparams_from_range(float lo, float hi) {
+  if (!is_finite(lo) || !is_finite(hi)) return {kNan, 0};
+  lo = min_f(lo, 0.0f);
+  hi = max_f(hi, 0.0f);
+  const float scale = max_f((hi - lo) / 255.0f, kMinScale);
+  if (!valid_scale(scale)) return {kNan, 0};
+  return {scale, static_cast<int32_t>(clamp_f(rintf(-lo / scale), 0.0f, 255.0f))};
+}
+
+/// What one rounding gives: the code and whether it saturated.
+struct Code {
+  uint8_t q;
+  bool clipped;
+};
+
+/// t in units of the output's scale, relative to its zero point. Saturation counts as clipping when it adds an error
+/// beyond rounding's own half step (or when t is NaN).
+PROBQUANT_HOST_DEVICE inline Code round_to_code(float t, int32_t zero_point) {
+  const float z = static_cast<float>(zero_point);
+  const float lo = -z, hi = 255.0f - z;
+  const bool inside = t >= lo - 0.5f && t <= hi + 0.5f;
+  return {static_cast<uint8_t>(static_cast<int32_t>(rintf(clamp_f(t, lo, hi))) + zero_point), !inside};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations
+
+/// e^x for x in [-87, 87] (clamped to it): Cody-Waite reduction and Cephes' minimax polynomial, within 2 ulp.
+PROBQUANT_HOST_DEVICE inline float exp_f(float x) {
+  x = clamp_f(x, -87.0f, 87.0f);
+  const float n = rintf(x * 1.44269504088896341f);
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  p = fmaf(p, r * r, r) + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+/// erf by Abramowitz and Stegun 7.1.26, absolute error below 2e-7.
+PROBQUANT_HOST_DEVICE inline float erf_f(float x) {
+  const float a = std::fabs(x);
+  const float t = 1.0f / fmaf(0.3275911f, a, 1.0f);
+  float p = 1.061405429f;
+  p = fmaf(p, t, -1.453152027f);
+  p = fmaf(p, t, 1.421413741f);
+  p = fmaf(p, t, -0.284496736f);
+  p = fmaf(p, t, 0.254829592f);
+  const float y = fmaf(-(p * t), exp_f(-(a * a)), 1.0f);
+  return x < 0.0f ? -y : y;
+}
+
+PROBQUANT_HOST_DEVICE inline float sigmoid_f(float x) { return 1.0f / (1.0f + exp_f(-x)); }
+
+/// The curved activations. Activation::clamp is not one: its bounds act on the requantized value (see requantize).
+PROBQUANT_HOST_DEVICE inline float activate(Activation kind, float x) {
+  switch (kind) {
+    case Activation::silu: return x * sigmoid_f(x);
+    case Activation::gelu: return (0.5f * x) * (1.0f + erf_f(x * 0.70710678118654752f));
+    case Activation::hardswish: return x * (clamp_f(x + 3.0f, 0.0f, 6.0f) * 0.166666667f);
+    case Activation::sigmoid: return sigmoid_f(x);
+    case Activation::clamp: break;
+  }
+  return x;
+}
+
+/// Image of [lo, hi] under an activation; exact for clamp, and for the curved ones by their single minimum.
+PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activation_min, float activation_max, float& lo, float& hi) {
+  if (!is_finite(lo) || !is_finite(hi)) return;  // stays invalid
+  if (kind == Activation::clamp) {
+    lo = clamp_f(lo, activation_min, activation_max);
+    hi = clamp_f(hi, activation_min, activation_max);
+    return;
+  }
+  const float at_lo = activate(kind, lo), at_hi = activate(kind, hi);
+  const float argmin = kind == Activation::silu ? -1.2784645f : kind == Activation::gelu ? -0.7517916f : -1.5f;
+  const bool dips = kind != Activation::sigmoid && lo < argmin && argmin < hi;
+  lo = dips ? activate(kind, argmin) : min_f(at_lo, at_hi);
+  hi = max_f(at_lo, at_hi);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Requantization in an epilogue
+
+/// Per-sample constants of a layer's epilogue.
+struct SampleEpilogue {
+  bool valid;                 ///< all scales are finite and positive
+  int32_t x_zero_point;
+  int32_t residual_zero_point;
+  int32_t y_zero_point;
+  float x_scale;              ///< s_x
+  float residual_scale;       ///< s_res
+  float inverse_scale;        ///< i_n = 1 / s_y
+  float multiplier;           ///< a_n = s_x * i_n
+  float residual_multiplier;  ///< s_res * i_n
+  float activation_lo;        ///< activation_min * i_n
+  float activation_hi;        ///< activation_max * i_n
+};
+
+/// Everything but the output's parameters. Zero points are clamped, invalid scales marked.
+PROBQUANT_HOST_DEVICE inline SampleEpilogue sample_inputs(float x_scale, int32_t x_zero_point, float residual_scale, int32_t residual_zero_point) {
+  SampleEpilogue s{};
+  s.valid = valid_scale(x_scale) && valid_scale(residual_scale);
+  s.x_zero_point = clamp_zero_point(x_zero_point);
+  s.residual_zero_point = clamp_zero_point(residual_zero_point);
+  s.x_scale = s.valid ? x_scale : kNan;
+  s.residual_scale = s.valid ? residual_scale : kNan;
+  return s;
+}
+
+/// Completes it for an 8-bit output. An invalid sample becomes all codes 0 with zero point 0.
+PROBQUANT_HOST_DEVICE inline void set_output(SampleEpilogue& s, QParams y, float activation_min, float activation_max) {
+  s.valid = s.valid && valid_scale(y.scale);
+  s.y_zero_point = s.valid ? clamp_zero_point(y.zero_point) : 0;
+  s.inverse_scale = s.valid ? 1.0f / y.scale : 0.0f;
+  s.multiplier = s.valid ? s.x_scale * s.inverse_scale : 0.0f;
+  s.residual_multiplier = s.valid ? s.residual_scale * s.inverse_scale : 0.0f;
+  s.activation_lo = s.valid ? activation_min * s.inverse_scale : 0.0f;
+  s.activation_hi = s.valid ? activation_max * s.inverse_scale : 0.0f;
+}
+
+/// The layer's output in float: what Strategy::none stores and what the dynamic strategy takes its range of.
+/// `accumulator` is zero-point corrected; `residual` is q - zero point (0 without one).
+PROBQUANT_HOST_DEVICE inline float layer_value(int32_t accumulator, float weight_scale, float bias, int32_t residual, const SampleEpilogue& s,
+                                               Activation kind, float activation_min, float activation_max, bool has_residual) {
+  float y = fmaf(static_cast<float>(accumulator), s.x_scale * weight_scale, bias);
+  if (has_residual) y = fmaf(static_cast<float>(residual), s.residual_scale, y);
+  return kind == Activation::clamp ? clamp_f(y, activation_min, activation_max) : activate(kind, y);
+}
+
+/// The one rounding of a layer.
+PROBQUANT_HOST_DEVICE inline Code requantize(int32_t accumulator, float weight_scale, float bias, int32_t residual, const SampleEpilogue& s,
+                                             Activation kind, bool has_residual) {
+  if (!s.valid) return {0, false};
+  if (kind != Activation::clamp) {
+    const float y = fmaf(static_cast<float>(accumulator), s.x_scale * weight_scale, bias);
+    return round_to_code(activate(kind, y) * s.inverse_scale, s.y_zero_point);
+  }
+  float t = fmaf(static_cast<float>(accumulator), s.multiplier * weight_scale, s.inverse_scale * bias);
+  if (has_residual) t = fmaf(static_cast<float>(residual), s.residual_multiplier, t);
+  return round_to_code(clamp_f(t, s.activation_lo, s.activation_hi), s.y_zero_point);
+}
+
+}  // namespace probquant

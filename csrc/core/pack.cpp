@@ -1,0 +1,51 @@
+// Writes the packed weight (packed_weight.h owns the layout).
+#include "front_end.h"
+#include "packed_weight.h"
+
+#include <cstring>
+
+namespace probquant {
+namespace {
+
+/// Longest sum whose int32 accumulator cannot overflow: K * 255 * 127 < 2^31, rounded down.
+constexpr int64_t kMaxSum = 66000;
+
+void check(const WeightShape& s) {
+  require(s.out_channels > 0 && s.kernel_height > 0 && s.kernel_width > 0 && s.in_channels_per_group > 0 && s.groups > 0,
+          "weight: every size must be positive, got [", s.out_channels, ", ", s.kernel_height, ", ", s.kernel_width, ", ", s.in_channels_per_group,
+          "] with groups ", s.groups);
+  require(s.out_channels % s.groups == 0, "weight: out_channels ", s.out_channels, " is not a multiple of groups ", s.groups);
+  const int64_t k = s.kernel_height * s.kernel_width * s.in_channels_per_group;
+  require(k < kMaxSum, "weight: ", k, " weights per output overflow the int32 accumulator, want fewer than ", kMaxSum);
+}
+
+}  // namespace
+
+int64_t packed_weight_bytes(const WeightShape& shape) {
+  check(shape);
+  return PackedLayout(shape).bytes();
+}
+
+void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias, uint8_t* packed) {
+  check(shape);
+  const PackedLayout layout(shape);
+  std::memset(packed, 0, static_cast<size_t>(layout.bytes()));
+  for (int64_t o = 0; o < layout.out_channels; ++o) {
+    uint8_t* block = packed + layout.block_offset(o);
+    const int64_t lane = layout.lane(o);
+    int32_t sum = 0;
+    for (int64_t tap = 0; tap < layout.taps; ++tap)
+      for (int64_t i = 0; i < layout.inputs; ++i) {
+        const int8_t w = *weight++;
+        require(w != -128, "weight: value -128 in output channel ", o, ", want [-127, 127]");
+        sum += w;
+        block[layout.weight_offset(lane, tap, i)] = static_cast<uint8_t>(w);
+      }
+    auto* header = reinterpret_cast<BlockHeader*>(block);
+    header->weight_sum[lane] = sum;
+    header->scale[lane] = weight_scale[o];
+    header->bias[lane] = bias ? bias[o] : 0.0f;
+  }
+}
+
+}  // namespace probquant

@@ -1,0 +1,64 @@
+// The packed weight: the one CPU layout that serves every ISA. Owns the layout; pack.cpp writes it, kernels read it.
+//
+// Output channels come in blocks of 16 (of one group; a depthwise layer's blocks run over the groups). A block is
+//   BlockHeader   sums of its weights, scales, biases (zeros for channels that do not exist)
+//   stream        [taps][ceil(I / 4)][16 channels][4 inputs] int8, tap = ky * kernel_width + kx, I = inputs per group
+// so that 64 bytes hold 4 inputs of 16 channels: one vpdpbusd operand of AVX-512 VNNI, two of AVX2.
+// Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps in the place of 4 inputs:
+//   stream        [ceil(taps / 4)][16 channels][4 taps]
+// Everything is a multiple of 64 bytes.
+#pragma once
+#include <probquant/ops.h>
+
+namespace probquant {
+
+inline constexpr int64_t kBlockChannels = 16;
+inline constexpr int64_t kStreamBytes = 64;
+
+struct BlockHeader {
+  int32_t weight_sum[kBlockChannels];
+  float scale[kBlockChannels];
+  float bias[kBlockChannels];
+};
+static_assert(sizeof(BlockHeader) == 192, "a block stays a multiple of 64 bytes");
+
+struct PackedLayout {
+  bool depthwise;
+  int64_t out_channels, groups, taps, inputs;  ///< inputs per group
+  int64_t group_channels;                      ///< output channels per group of blocks: O / groups, or O when depthwise
+  int64_t group_blocks;                        ///< blocks per such group
+  int64_t steps;                               ///< 64-byte steps in a block's stream
+  int64_t block_bytes;
+
+  explicit PackedLayout(const WeightShape& s)
+      : depthwise(s.in_channels_per_group == 1 && s.groups > 1),
+        out_channels(s.out_channels),
+        groups(s.groups),
+        taps(s.kernel_height * s.kernel_width),
+        inputs(s.in_channels_per_group),
+        group_channels(depthwise ? s.out_channels : s.out_channels / s.groups),
+        group_blocks((group_channels + kBlockChannels - 1) / kBlockChannels),
+        steps(depthwise ? (taps + 3) / 4 : taps * ((inputs + 3) / 4)),
+        block_bytes(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes) {}
+
+  int64_t bytes() const { return (depthwise ? 1 : groups) * group_blocks * block_bytes; }
+
+  /// Byte offset of the block that holds output channel o.
+  int64_t block_offset(int64_t o) const {
+    return ((o / group_channels) * group_blocks + (o % group_channels) / kBlockChannels) * block_bytes;
+  }
+  /// Lane of channel o in its block.
+  int64_t lane(int64_t o) const { return (o % group_channels) % kBlockChannels; }
+  /// Byte offset in a block of the weight at (lane, tap, input).
+  int64_t weight_offset(int64_t lane, int64_t tap, int64_t input) const {
+    const int64_t step = depthwise ? tap / 4 : tap * ((inputs + 3) / 4) + input / 4;
+    const int64_t within = depthwise ? tap % 4 : input % 4;
+    return static_cast<int64_t>(sizeof(BlockHeader)) + step * kStreamBytes + lane * 4 + within;
+  }
+};
+
+inline WeightShape weight_shape(const Conv2dShape& s) {
+  return {s.out_channels, s.kernel_height, s.kernel_width, s.in_channels / s.groups, s.groups};
+}
+
+}  // namespace probquant

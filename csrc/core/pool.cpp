@@ -1,0 +1,174 @@
+// Max, average and adaptive average pooling. Sums are exact integers; an average rounds once. The range of an average is
+// found by a first pass that computes the same sums and stores nothing.
+#include <algorithm>
+#include <vector>
+
+#include "front_end.h"
+
+namespace probquant {
+namespace {
+
+/// One window, cut to the input.
+struct Window {
+  int64_t y_begin, y_end, x_begin, x_end;
+  int64_t divisor;
+};
+
+/// Integer sums of (q - zero point) over a window, every channel.
+void window_sums(const uint8_t* image, int64_t width, int64_t channels, const Window& w, int32_t zero_point, int32_t* sums) {
+  const auto pixels = static_cast<int32_t>((w.y_end - w.y_begin) * (w.x_end - w.x_begin));
+  std::fill_n(sums, channels, -pixels * zero_point);
+  for (int64_t y = w.y_begin; y < w.y_end; ++y)
+    for (int64_t x = w.x_begin; x < w.x_end; ++x) {
+      const uint8_t* pixel = image + (y * width + x) * channels;
+      for (int64_t c = 0; c < channels; ++c) sums[c] += pixel[c];
+    }
+}
+
+/// Local moments of one output, added to the shared stats once.
+struct LocalStats {
+  int64_t sum = 0, squares = 0, clipped = 0;
+  void add_to(int64_t* stats) const {
+    atomic_add(stats + kStatsSum, sum);
+    atomic_add(stats + kStatsSquares, squares);
+    atomic_add(stats + kStatsClipped, clipped);
+  }
+};
+
+void count(LocalStats& local, Code code, int64_t channel, int64_t channels, bool channel_stats, int64_t* stats) {
+  local.sum += code.q;
+  local.squares += int64_t{code.q} * code.q;
+  local.clipped += code.clipped;
+  if (channel_stats) {
+    atomic_add(stats + kStatsSample + channel, code.q);
+    atomic_add(stats + kStatsSample + channels + channel, int64_t{code.q} * code.q);
+  }
+}
+
+void check_range(const RangeArguments& range) {
+  require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian,
+          "average pool: strategy ", static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
+  check_predictor("average pool", range.strategy, range.predictor, range.predictor_size, range.strategy == Strategy::fixed ? 2 : 0);
+}
+
+/// Average pooling over any windows: window_at(oy, ox).
+template <class WindowAt>
+void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width, const QuantizedInput& x,
+             const RangeArguments& range, const QuantizedOutput& y, const Executor& executor, WindowAt window_at) {
+  check_range(range);
+  if (batch == 0) return;
+  clear_stats(y, batch, channels);
+  std::vector<SampleEpilogue> epilogues(static_cast<size_t>(batch));
+  std::vector<float> exact(static_cast<size_t>(2 * batch));
+  const auto for_each_sum = [&](int64_t n, int64_t begin, int64_t end, auto visit) {
+    std::vector<int32_t> sums(static_cast<size_t>(channels));
+    for (int64_t position = begin; position < end; ++position) {
+      const Window w = window_at(position / out_width, position % out_width);
+      window_sums(x.q + n * in_height * in_width * channels, in_width, channels, w, epilogues[static_cast<size_t>(n)].x_zero_point, sums.data());
+      const float share = 1.0f / static_cast<float>(w.divisor);
+      for (int64_t c = 0; c < channels; ++c) visit((n * out_height * out_width + position) * channels + c, c, sums[static_cast<size_t>(c)], share);
+    }
+  };
+  for (int64_t n = 0; n < batch; ++n) {
+    epilogues[static_cast<size_t>(n)] = sample_inputs(x.scale[n], x.zero_point[n], 1.0f, 0);
+    exact[static_cast<size_t>(2 * n)] = kInfinity, exact[static_cast<size_t>(2 * n + 1)] = -kInfinity;
+  }
+  if (range.strategy != Strategy::fixed)
+    parallel_over_samples(executor, batch, out_height * out_width, 1, [&](int64_t n, int64_t begin, int64_t end) {
+      float lo = kInfinity, hi = -kInfinity;
+      for_each_sum(n, begin, end, [&](int64_t, int64_t, int32_t sum, float share) {
+        const float value = layer_value(sum, share, 0.0f, 0, epilogues[static_cast<size_t>(n)], Activation::clamp, -kInfinity, kInfinity, false);
+        lo = min_f(value, lo);
+        hi = max_f(value, hi);
+      });
+      atomic_widen(&exact[static_cast<size_t>(2 * n)], lo, hi);
+    });
+  for (int64_t n = 0; n < batch; ++n) {
+    const float* r = &exact[static_cast<size_t>(2 * n)];
+    const QParams qparams = range.strategy == Strategy::fixed ? fixed_qparams(range.predictor) : qparams_from_range(r[0], r[1]);
+    set_output(epilogues[static_cast<size_t>(n)], qparams, -kInfinity, kInfinity);
+    write_qparams(y, n, epilogues[static_cast<size_t>(n)], qparams);
+  }
+  parallel_over_samples(executor, batch, out_height * out_width, 1, [&](int64_t n, int64_t begin, int64_t end) {
+    int64_t* stats = stats_row(y, n, channels);
+    LocalStats local;
+    for_each_sum(n, begin, end, [&](int64_t at, int64_t c, int32_t sum, float share) {
+      const Code code = requantize(sum, share, 0.0f, 0, epilogues[static_cast<size_t>(n)], Activation::clamp, false);
+      y.q[at] = code.q;
+      count(local, code, c, channels, y.channel_stats, stats);
+    });
+    local.add_to(stats);
+  });
+  mark_invalid(y, batch, channels);
+}
+
+/// Max pooling passes scale and zero point through; padding never wins.
+void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutput& y, const Executor& executor) {
+  if (s.batch == 0) return;
+  const int64_t channels = s.in_channels, out_width = s.out_width(), positions = s.out_height() * out_width;
+  clear_stats(y, s.batch, channels);
+  for (int64_t n = 0; n < s.batch; ++n) {
+    y.scale[n] = valid_scale(x.scale[n]) ? x.scale[n] : kNan;
+    y.zero_point[n] = clamp_zero_point(x.zero_point[n]);
+  }
+  parallel_over_samples(executor, s.batch, positions, 16, [&](int64_t n, int64_t begin, int64_t end) {
+    int64_t* stats = stats_row(y, n, channels);
+    LocalStats local;
+    for (int64_t position = begin; position < end; ++position) {
+      uint8_t* out = y.q + (n * positions + position) * channels;
+      std::fill_n(out, channels, uint8_t{0});
+      for (int64_t ky = 0; ky < s.kernel_height; ++ky)
+        for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+          const int64_t iy = position / out_width * s.stride_height - s.padding_top + ky * s.dilation_height;
+          const int64_t ix = position % out_width * s.stride_width - s.padding_left + kx * s.dilation_width;
+          if (iy < 0 || iy >= s.in_height || ix < 0 || ix >= s.in_width) continue;
+          const uint8_t* pixel = x.q + ((n * s.in_height + iy) * s.in_width + ix) * channels;
+          for (int64_t c = 0; c < channels; ++c) out[c] = std::max(out[c], pixel[c]);
+        }
+      for (int64_t c = 0; c < channels; ++c) count(local, {out[c], false}, c, channels, y.channel_stats, stats);
+    }
+    local.add_to(stats);
+  });
+  mark_invalid(y, s.batch, channels);
+}
+
+}  // namespace
+
+void pool2d(Pool kind, const Conv2dShape& s, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
+            const Executor& executor) {
+  require(s.batch >= 0 && s.in_height > 0 && s.in_width > 0 && s.in_channels > 0, "pool2d: input [", s.batch, ", ", s.in_height, ", ", s.in_width, ", ",
+          s.in_channels, "] (N, H, W, C), want positive sizes");
+  require(s.kernel_height > 0 && s.kernel_width > 0 && s.stride_height > 0 && s.stride_width > 0 && s.dilation_height > 0 && s.dilation_width > 0,
+          "pool2d: kernel, stride and dilation must be positive");
+  const auto covers = [](int64_t before, int64_t after, int64_t kernel, int64_t dilation) {
+    return before >= 0 && after >= 0 && before < dilation * (kernel - 1) + 1 && after < dilation * (kernel - 1) + 1;
+  };
+  require(covers(s.padding_top, s.padding_bottom, s.kernel_height, s.dilation_height) && covers(s.padding_left, s.padding_right, s.kernel_width, s.dilation_width),
+          "pool2d: padding (", s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right,
+          ") must be smaller than the window (", s.kernel_height, ", ", s.kernel_width, ")");
+  require(s.out_height() > 0 && s.out_width() > 0, "pool2d: window (", s.kernel_height, ", ", s.kernel_width, ") is larger than the padded input");
+  if (kind == Pool::max) return maximum(s, x, y, executor);
+  require(s.dilation_height == 1 && s.dilation_width == 1, "pool2d: average pooling has no dilation");
+  average(s.batch, s.in_height, s.in_width, s.in_channels, s.out_height(), s.out_width(), x, range, y, executor, [&](int64_t oy, int64_t ox) {
+    const int64_t top = oy * s.stride_height - s.padding_top, left = ox * s.stride_width - s.padding_left;
+    const int64_t bottom = std::min(top + s.kernel_height, s.in_height + s.padding_bottom);
+    const int64_t right = std::min(left + s.kernel_width, s.in_width + s.padding_right);
+    Window w{std::max<int64_t>(top, 0), std::min(bottom, s.in_height), std::max<int64_t>(left, 0), std::min(right, s.in_width), 0};
+    w.divisor = count_include_pad ? (bottom - top) * (right - left) : (w.y_end - w.y_begin) * (w.x_end - w.x_begin);
+    return w;
+  });
+}
+
+void adaptive_average_pool2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
+                             const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y, const Executor& executor) {
+  require(batch >= 0 && in_height > 0 && in_width > 0 && channels > 0 && out_height > 0 && out_width > 0, "adaptive_average_pool2d: input [", batch,
+          ", ", in_height, ", ", in_width, ", ", channels, "], output (", out_height, ", ", out_width, "), want positive sizes");
+  average(batch, in_height, in_width, channels, out_height, out_width, x, range, y, executor, [&](int64_t oy, int64_t ox) {
+    Window w{oy * in_height / out_height, ((oy + 1) * in_height + out_height - 1) / out_height, ox * in_width / out_width,
+             ((ox + 1) * in_width + out_width - 1) / out_width, 0};
+    w.divisor = (w.y_end - w.y_begin) * (w.x_end - w.x_begin);
+    return w;
+  });
+}
+
+}  // namespace probquant

@@ -1,0 +1,106 @@
+// What an instruction set has to offer: one table of range kernels. The front ends (csrc/core) validate, predict, split
+// the work and fill a problem; a kernel computes one range of it in the calling thread. csrc/reference has the scalar
+// table that defines every result; dispatch.cpp gives the table of the selected ISA.
+#pragma once
+#include <probquant/ops.h>
+
+#include "../core/numerics.h"
+#include "../core/packed_weight.h"
+#include "../core/surrogate.h"
+
+namespace probquant {
+
+/// A convolution or linear layer, ready to run. A row is one output position: row = (image * out_height + oy) *
+/// out_width + ox; its sample is row / rows_per_sample (tiles may straddle samples).
+struct LayerProblem {
+  Conv2dShape shape;
+  PackedLayout layout;
+  int64_t out_height, out_width, rows_per_sample;
+  const uint8_t* x;
+  const uint8_t* packed_weight;
+  const uint8_t* residual;        ///< null: none
+  Activation activation;
+  float activation_min, activation_max;
+  const SampleEpilogue* samples;  ///< one per sample
+  uint8_t* y;                     ///< [rows, out_channels]
+  int64_t* stats;                 ///< zeroed by the front end; kernels add to it atomically
+  bool channel_stats;
+  float* y_float;                 ///< to_float
+  int32_t* accumulators;          ///< accumulate writes it, layer_requantize reads it: [rows, out_channels]
+  float* range;                   ///< accumulate: [samples][2], minimum and maximum of layer_value
+
+  explicit LayerProblem(const Conv2dShape& s) : shape(s), layout(weight_shape(s)) {}
+  int64_t* stats_row(int64_t sample) const { return stats + sample * stats_columns(shape.out_channels, channel_stats); }
+};
+
+/// Rows [row_begin, row_end) times output channels [channel_begin, channel_end); channel_begin is a block's first channel
+/// and channel_end a block's last or the layer's (see packed_weight.h).
+struct LayerRange {
+  int64_t row_begin, row_end, channel_begin, channel_end;
+};
+
+/// Quantization of one sample of a strided float tensor [rows, columns, channels] into dense codes.
+struct QuantizeProblem {
+  const void* x;
+  DType dtype;
+  int64_t size[3], stride[3];
+};
+
+using LayerKernel = void (*)(const LayerProblem&, const LayerRange&);
+
+/// The three ways to run a layer over a range.
+struct LayerKernels {
+  /// Requantizes to 8 bits at once and adds the output's moments and clip counts to the stats.
+  LayerKernel quantized;
+  /// Strategy::none: writes layer_value to y_float.
+  LayerKernel to_float;
+  /// Strategy::dynamic, first pass: int32 accumulators (zero-point corrected) and the range of layer_value.
+  LayerKernel accumulate;
+};
+
+struct Kernels {
+  const char* name;
+  LayerKernels dense;      ///< linear layers and convolutions, grouped ones included
+  LayerKernels depthwise;  ///< PackedLayout::depthwise
+  /// Strategy::dynamic, second pass: requantizes the accumulators. As `quantized`, from memory.
+  LayerKernel layer_requantize;
+  /// Adds the patch sums of one sample's fields, sampled at every gamma-th position in each direction, to
+  /// sums[group] (per_group) or sums[0].
+  void (*patch_sums)(const Conv2dShape& shape, const uint8_t* x_sample, int32_t zero_point, int64_t gamma, bool per_group, PatchSums* sums);
+
+  /// Minimum and maximum of rows [begin, end) of the sample; NaN or infinity in x makes lo NaN.
+  void (*float_range)(const QuantizeProblem&, int64_t begin, int64_t end, float* lo, float* hi);
+  /// q = clamp(rint(x / s) + zero point); `inverse_scale` = 1 / s. Adds to the stats row.
+  void (*quantize)(const QuantizeProblem&, int64_t begin, int64_t end, float inverse_scale, int32_t zero_point, uint8_t* q, int64_t* stats,
+                   bool channel_stats);
+  void (*dequantize)(const uint8_t* q, int64_t count, float scale, int32_t zero_point, DType dtype, void* y);
+  /// Adds sums and squares of q [count / channels, channels] to a stats row.
+  void (*moments)(const uint8_t* q, int64_t count, int64_t channels, bool channel_stats, int64_t* stats);
+  /// The codes that occur: `seen[code]` becomes true.
+  void (*mark_codes)(const uint8_t* q, int64_t count, bool* seen);
+  /// y[i] = table[q[i]].code; adds moments and the clipped entries to the stats row. Rows of `channels` codes; strides in codes.
+  void (*lookup)(const uint8_t* q, int64_t rows, int64_t channels, int64_t q_stride, const Code* table, uint8_t* y, int64_t y_stride,
+                 int64_t* stats, int64_t* channel_sums, int64_t* channel_squares);
+  /// Fused residual arithmetic of a standalone add (see NUMERICS.md): range of the sum, and the sum requantized.
+  void (*add_range)(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEpilogue&, float activation_min, float activation_max,
+                    float* lo, float* hi);
+  void (*add)(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue&, uint8_t* y, int64_t* stats,
+              bool channel_stats);
+};
+
+/// The scalar table, complete: the normative answer.
+extern const Kernels kReferenceKernels;
+
+// An ISA's table.cpp overwrites the entries it has; the others stay as the ISA below left them.
+void install_avx2(Kernels& table);
+void install_avx512vnni(Kernels& table);
+
+/// The table of the selected ISA (features.h).
+const Kernels& kernels();
+
+/// Adds to a shared counter; sums of integers do not depend on the order.
+inline void atomic_add(int64_t* counter, int64_t value) { __atomic_fetch_add(counter, value, __ATOMIC_RELAXED); }
+/// Widens a shared range; a NaN minimum stays.
+void atomic_widen(float* range, float lo, float hi);
+
+}  // namespace probquant

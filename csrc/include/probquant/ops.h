@@ -1,0 +1,145 @@
+// The ops: raw pointers in, raw pointers out, no allocation of output size, deterministic for any thread count.
+// Every front end checks its sizes and throws Error; pointers must hold what the shapes say.
+// Formulas, rounding and edge cases: csrc/NUMERICS.md.
+#pragma once
+#include <probquant/types.h>
+
+namespace probquant {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers
+
+/// Geometry of a 2-d convolution, NHWC.
+struct Conv2dShape {
+  int64_t batch = 0, in_height = 0, in_width = 0, in_channels = 0, out_channels = 0;
+  int64_t kernel_height = 1, kernel_width = 1;
+  int64_t stride_height = 1, stride_width = 1;
+  int64_t padding_top = 0, padding_bottom = 0, padding_left = 0, padding_right = 0;
+  int64_t dilation_height = 1, dilation_width = 1;
+  int64_t groups = 1;
+
+  int64_t out_height() const { return extent(in_height + padding_top + padding_bottom, kernel_height, stride_height, dilation_height); }
+  int64_t out_width() const { return extent(in_width + padding_left + padding_right, kernel_width, stride_width, dilation_width); }
+
+ private:
+  static int64_t extent(int64_t padded, int64_t kernel, int64_t stride, int64_t dilation) {
+    const int64_t span = dilation * (kernel - 1) + 1;
+    return padded < span ? 0 : (padded - span) / stride + 1;
+  }
+};
+
+/// Size of a weight, canonical form int8 [out_channels, kernel_height, kernel_width, in_channels / groups].
+struct WeightShape {
+  int64_t out_channels = 0, kernel_height = 1, kernel_width = 1, in_channels_per_group = 0, groups = 1;
+};
+
+/// Bytes of the packed form of a weight: the one CPU layout that serves every ISA.
+PROBQUANT_API int64_t packed_weight_bytes(const WeightShape& shape);
+
+/// Packs a canonical weight in [-127, 127] with its per-channel scale [O] and bias [O] (null: zeros).
+/// `packed` needs packed_weight_bytes(shape) bytes, 64-byte aligned for full speed.
+PROBQUANT_API void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale,
+                               const float* bias, uint8_t* packed);
+
+/// Everything of a layer but its geometry.
+struct LayerArguments {
+  QuantizedInput x;
+  const uint8_t* packed_weight = nullptr;
+  QuantizedInput residual;  ///< q == nullptr: none; else added before the activation, shaped like the output
+  Activation activation = Activation::clamp;
+  float activation_min = 0, activation_max = 0;  ///< bounds of Activation::clamp, may be infinite
+  Strategy strategy = Strategy::none;
+  const float* predictor = nullptr;
+  int64_t predictor_size = 0;
+  int64_t gamma = 1;         ///< the gaussian strategies sample every gamma-th position; 0: the input's moments alone
+  QuantizedOutput y;         ///< every strategy but none
+  float* y_float = nullptr;  ///< Strategy::none
+  void* workspace = nullptr; ///< conv2d_workspace_bytes(shape, strategy) bytes
+};
+
+/// y = activation(conv2d(x, w) + b + residual). One scale per image.
+PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, const Executor& executor);
+
+/// Only the dynamic strategy needs any: it holds the whole output in 32 bits until its range is known.
+PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy);
+
+/// A linear layer on [samples, rows, in_features] -> [samples, rows, out_features]; rows share their sample's scale
+/// (rows = 1: one scale per token). It is conv2d with a 1x1 kernel on a height of 1.
+constexpr Conv2dShape linear_shape(int64_t samples, int64_t rows, int64_t in_features, int64_t out_features) {
+  Conv2dShape shape;
+  shape.batch = samples, shape.in_height = 1, shape.in_width = rows;
+  shape.in_channels = in_features, shape.out_channels = out_features;
+  return shape;
+}
+
+/// What a gaussian strategy believes of a layer's pre-activations: mean and standard deviation, [batch, L, 2] with
+/// L = 1 (gaussian) or out_channels (gaussian_channel). Calibration fits alpha and beta to it. Uses x, residual,
+/// strategy, predictor and gamma of the arguments.
+PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments& arguments, float* law, const Executor& executor);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantize and dequantize
+
+/// Any strided float image tensor [samples, rows, columns, channels]; strides in elements. Rows of a linear layer are
+/// [samples, 1, rows, K].
+struct FloatView {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t size[4] = {0, 0, 0, 0};
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+/// Quantizes with the exact minimum and maximum of each sample, or, when `scale` and `zero_point` are given (one value
+/// each), with those.
+PROBQUANT_API void quantize(const FloatView& x, const float* scale, const int32_t* zero_point, const QuantizedOutput& y,
+                            const Executor& executor);
+
+/// y = scale * (q - zero_point), dense, in x's order: [samples, count].
+PROBQUANT_API void dequantize(const QuantizedInput& x, int64_t samples, int64_t count, DType dtype, void* y, const Executor& executor);
+
+/// Recomputes stats of q [samples, count / channels, channels]; the clip count is 0.
+PROBQUANT_API void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats,
+                           const Executor& executor);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ops without weights
+
+/// How the output range of an op without weights is found. Strategy::fixed takes predictor [scale, zero_point],
+/// Strategy::dynamic the exact range of the result (two passes, nothing wide is stored), Strategy::gaussian what each op
+/// says below.
+struct RangeArguments {
+  Strategy strategy = Strategy::dynamic;
+  const float* predictor = nullptr;
+  int64_t predictor_size = 0;
+};
+
+/// y = clamp(a + b, activation_min, activation_max), elementwise [samples, count / channels, channels].
+/// gaussian: predictor [alpha, beta, rho]; mean and variance from both inputs' stats, cut to the sum of their code ranges.
+PROBQUANT_API void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels,
+                       float activation_min, float activation_max, const RangeArguments& range, const QuantizedOutput& y,
+                       const Executor& executor);
+
+/// y = activation(x) through a 256-entry table per sample, elementwise.
+/// gaussian (predictor []): the range of the table over all codes.
+PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind,
+                              float activation_min, float activation_max, const RangeArguments& range,
+                              const QuantizedOutput& y, const Executor& executor);
+
+/// Joins inputs along the channels; channels[i] of inputs[i], positions per sample. Not fixed: the union of the inputs'
+/// code ranges. Inputs with equal parameters pass through unchanged.
+PROBQUANT_API void concat(const QuantizedInput* inputs, const int64_t* channels, int64_t input_count, int64_t samples,
+                          int64_t positions, const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
+
+/// Pooling window; `shape` uses batch, in_*, kernel, stride, padding, dilation; groups and out_channels are ignored.
+/// Max pooling passes scale and zero point through (padding never wins). Average pooling takes an exact integer sum
+/// and rounds once; dynamic and gaussian give it the exact range of its result, fixed the given one.
+/// `count_include_pad` as in torch.
+PROBQUANT_API void pool2d(Pool kind, const Conv2dShape& shape, bool count_include_pad, const QuantizedInput& x,
+                          const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
+
+/// Average pooling to a given output size; window i of n covers [floor(i * in / n), ceil((i + 1) * in / n)).
+PROBQUANT_API void adaptive_average_pool2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels,
+                                           int64_t out_height, int64_t out_width, const QuantizedInput& x,
+                                           const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
+
+}  // namespace probquant

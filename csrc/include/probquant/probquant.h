@@ -1,0 +1,5 @@
+// Umbrella header of the public C++ API.
+#pragma once
+#include <probquant/info.h>
+#include <probquant/ops.h>
+#include <probquant/types.h>

@@ -1,0 +1,50 @@
+// Owns the Python module probquant._native: what needs no tensor. Ops on tensors are in csrc/torch.
+#include <probquant/info.h>
+#include <probquant/ops.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  const probquant::BuildInfo info = probquant::build_info();
+  py::dict result;
+  result["version"] = info.version;
+  result["cuda"] = info.cuda;
+  result["cuda_archs"] = info.cuda_archs;
+  result["cuda_compiler"] = info.cuda_compiler;
+  result["compiler"] = info.compiler;
+  result["build_type"] = info.build_type;
+  result["isas"] = info.isas;
+  return result;
+}
+
+py::dict cpu_info() {
+  const probquant::CpuInfo info = probquant::cpu_info();
+  py::dict features;
+  for (const auto& [name, present] : info.features) features[py::str(name)] = present;
+  py::dict result;
+  result["model"] = info.model;
+  result["isa_detected"] = info.isa_detected;
+  result["isa_compiled"] = info.isa_compiled;
+  result["isa_used"] = info.isa_used;
+  result["features"] = features;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Build and CPU information of probquant's native code.";
+  module.def("build_info", &build_info, "What this build contains: version, compilers, CUDA, CPU kernel families.");
+  module.def("cpu_info", &cpu_info, "This processor's features, and the kernel family that is used.");
+  module.def(
+      "packed_weight_bytes",
+      [](int64_t out_channels, int64_t kernel_height, int64_t kernel_width, int64_t in_channels_per_group, int64_t groups) {
+        return probquant::packed_weight_bytes({out_channels, kernel_height, kernel_width, in_channels_per_group, groups});
+      },
+      py::arg("out_channels"), py::arg("kernel_height"), py::arg("kernel_width"), py::arg("in_channels_per_group"), py::arg("groups"),
+      "Bytes that torch.ops.probquant.pack_weight returns for a weight of these sizes.");
+}

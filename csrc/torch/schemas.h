@@ -1,0 +1,45 @@
+// The schemas of torch.ops.probquant, all of them, in one place. The fakes in probquant/_ops.py mirror them.
+//
+// A quantized activation is four tensors (csrc/NUMERICS.md): q uint8, scale float32, zero_point int32, stats int64. Images are
+// logical NCHW in channels_last memory with scale [N]; rows are [..., K] with a scale for every leading index, or for
+// a prefix of them. stats is scale's shape with 3 (or, with channel_stats, 3 + 2 C) more columns.
+// Strategy, activation: the integers of types.h. Bounds of None are infinite. padding is [height, width] or
+// [top, bottom, left, right]. With strategy 0 (none) a layer returns its float32 output and three empty tensors.
+#pragma once
+
+#define PROBQUANT_X "Tensor x, Tensor x_scale, Tensor x_zero_point"
+#define PROBQUANT_OUT " -> (Tensor, Tensor, Tensor, Tensor)"
+#define PROBQUANT_LAYER                                                                                              \
+  "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, Tensor? residual_stats=None, " \
+  "int activation=0, float? activation_min=None, float? activation_max=None, int strategy=2, Tensor? predictor=None, " \
+  "int gamma=0, bool channel_stats=False)" PROBQUANT_OUT
+#define PROBQUANT_RANGE "int strategy=2, Tensor? predictor=None, bool channel_stats=False)" PROBQUANT_OUT
+
+namespace probquant {
+
+inline constexpr const char* kSchemas[] = {
+    "quantize(Tensor x, int sample_dims=1, Tensor? scale=None, Tensor? zero_point=None, bool channel_stats=False)" PROBQUANT_OUT,
+    "dequantize(" PROBQUANT_X ", ScalarType? dtype=None) -> Tensor",
+    "moments(Tensor q, int sample_dims=1, bool channel_stats=False) -> Tensor",
+    "pack_weight(Tensor weight, Tensor weight_scale, Tensor? bias=None, int groups=1) -> Tensor",
+    "linear(" PROBQUANT_X ", Tensor x_stats, Tensor packed_weight, int out_features, " PROBQUANT_LAYER,
+    "conv2d(" PROBQUANT_X ", Tensor x_stats, Tensor packed_weight, int out_channels, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, " PROBQUANT_LAYER,
+    "surrogate_law(" PROBQUANT_X ", Tensor x_stats, int out_channels, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, int groups, Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, "
+    "Tensor? residual_stats=None, *, int strategy, Tensor predictor, int gamma) -> Tensor",
+    "add(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor a_stats, Tensor b, Tensor b_scale, Tensor b_zero_point, "
+    "Tensor b_stats, float? activation_min=None, float? activation_max=None, " PROBQUANT_RANGE,
+    "activation(" PROBQUANT_X ", int activation, float? activation_min=None, float? activation_max=None, " PROBQUANT_RANGE,
+    "concat(Tensor[] xs, Tensor[] scales, Tensor[] zero_points, " PROBQUANT_RANGE,
+    "max_pool2d(" PROBQUANT_X ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channel_stats=False)" PROBQUANT_OUT,
+    "avg_pool2d(" PROBQUANT_X ", int[] kernel_size, int[] stride, int[] padding, bool count_include_pad=True, " PROBQUANT_RANGE,
+    "adaptive_avg_pool2d(" PROBQUANT_X ", int[] output_size, " PROBQUANT_RANGE,
+};
+
+}  // namespace probquant
+
+#undef PROBQUANT_X
+#undef PROBQUANT_OUT
+#undef PROBQUANT_LAYER
+#undef PROBQUANT_RANGE

@@ -1,0 +1,414 @@
+// Owns everything that probquant knows of torch in C++: a small typed layer over the stable C ABI (torch >= 2.10), so that
+// the op library needs no torch to build and loads under any later torch.
+//
+//   Tensor            an owned tensor handle
+//   empty, empty_strided
+//   Library, Boxed    registration of schemas and kernels; conversion of the boxed argument stack
+//   torch_executor    torch's thread pool as a probquant::Executor
+//   DeviceGuard, current_cuda_stream
+//
+// Ownership on the boxed stack: a kernel's arguments belong to the kernel, which Boxed therefore takes and frees; what it
+// returns are handles that belong to torch. Tensor is move-only, so a handle is made or freed exactly once.
+// Errors: kernels throw; Boxed lets exceptions pass to torch, which makes a RuntimeError with the same message of them.
+#pragma once
+#include <dlfcn.h>
+#include <probquant/types.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "stable_symbols.h"
+
+#define PROBQUANT_DECLARE(result, name, parameters) extern "C" result name parameters;
+PROBQUANT_TORCH_SYMBOLS(PROBQUANT_DECLARE)
+#undef PROBQUANT_DECLARE
+
+namespace probquant::stable {
+
+/// The ABI that the conversions below speak, in torch's encoding: 2.10.
+inline constexpr uint64_t kAbiVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
+
+/// One slot of the boxed stack.
+using Slot = uint64_t;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors
+
+[[noreturn]] inline void throw_torch_error(const char* call) {
+#define PROBQUANT_POINTER(result, name, parameters) using What = result(*) parameters;
+  PROBQUANT_TORCH_2_13_SYMBOLS(PROBQUANT_POINTER)
+#undef PROBQUANT_POINTER
+  std::string message = std::string("torch refused ") + call;
+  const auto what = reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  if (what != nullptr && what() != nullptr) message += std::string(": ") + what();
+  throw Error(message);
+}
+
+/// Throws if a call of the C ABI failed.
+#define PROBQUANT_TORCH_CHECK(call)                                                  \
+  do {                                                                               \
+    if (__builtin_expect((call) != 0, 0)) ::probquant::stable::throw_torch_error(#call); \
+  } while (false)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Codes that torch hands out at run time
+
+struct Codes {
+  int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t cuda = aoti_torch_device_type_cuda();
+  int32_t boolean = aoti_torch_dtype_bool();
+  int32_t uint8 = aoti_torch_dtype_uint8();
+  int32_t int8 = aoti_torch_dtype_int8();
+  int32_t int32 = aoti_torch_dtype_int32();
+  int32_t int64 = aoti_torch_dtype_int64();
+  int32_t float16 = aoti_torch_dtype_float16();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t float32 = aoti_torch_dtype_float32();
+  int32_t float64 = aoti_torch_dtype_float64();
+};
+
+/// Codes of device types and dtypes, asked for once.
+inline const Codes& codes() {
+  static const Codes result;
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensors
+
+/// Sizes or strides, borrowed.
+class IntView {
+ public:
+  IntView(const int64_t* data, size_t size) : data_(data), size_(size) {}
+  IntView(std::initializer_list<int64_t> values) : IntView(values.begin(), values.size()) {}
+  IntView(const std::vector<int64_t>& values) : IntView(values.data(), values.size()) {}
+
+  const int64_t* begin() const { return data_; }
+  const int64_t* end() const { return data_ + size_; }
+  const int64_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  int64_t operator[](size_t i) const { return data_[i]; }
+
+ private:
+  const int64_t* data_;
+  size_t size_;
+};
+
+/// An owned handle of a tensor. Moving it is free; share() makes a second handle of the same tensor.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorOpaque* owned) noexcept : handle_(owned) {}
+  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  Tensor share() const {
+    AtenTensorOpaque* handle;
+    PROBQUANT_TORCH_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    return Tensor(handle);
+  }
+  AtenTensorOpaque* get() const { return handle_; }
+  AtenTensorOpaque* release() noexcept { return std::exchange(handle_, nullptr); }
+
+  /// The first element, unchecked: T must fit dtype().
+  template <class T = void>
+  T* data() const {
+    void* result;
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_data_ptr(handle_, &result));
+    return static_cast<T*>(result);
+  }
+  int64_t dim() const { return ask<int64_t, aoti_torch_get_dim>(); }
+  int64_t numel() const { return ask<int64_t, aoti_torch_get_numel>(); }
+  /// Valid while the tensor lives and keeps its shape.
+  IntView sizes() const { return {ask<int64_t*, aoti_torch_get_sizes>(), static_cast<size_t>(dim())}; }
+  IntView strides() const { return {ask<int64_t*, aoti_torch_get_strides>(), static_cast<size_t>(dim())}; }
+  /// Size and stride of dimension i; a negative i counts from the end. Out of range is an error.
+  int64_t size(int64_t i) const { return ask<int64_t*, aoti_torch_get_sizes>()[wrap(i)]; }
+  int64_t stride(int64_t i) const { return ask<int64_t*, aoti_torch_get_strides>()[wrap(i)]; }
+  int32_t dtype() const { return ask<int32_t, aoti_torch_get_dtype>(); }
+  int32_t device_type() const { return ask<int32_t, aoti_torch_get_device_type>(); }
+  int32_t device_index() const { return ask<int32_t, aoti_torch_get_device_index>(); }
+  bool is_contiguous() const { return ask<bool, aoti_torch_is_contiguous>(); }
+
+ private:
+  template <class T, int32_t (*Question)(AtenTensorOpaque*, T*)>
+  T ask() const {
+    T answer;
+    if (__builtin_expect(Question(handle_, &answer) != 0, 0)) throw_torch_error("a question about a tensor");
+    return answer;
+  }
+  int64_t wrap(int64_t i) const {
+    const int64_t rank = dim(), wrapped = i < 0 ? i + rank : i;
+    if (wrapped < 0 || wrapped >= rank) {
+      throw Error("dimension " + std::to_string(i) + " of a tensor with " + std::to_string(rank) + " dimensions");
+    }
+    return wrapped;
+  }
+
+  AtenTensorOpaque* handle_;
+};
+
+/// An uninitialised tensor on the device of `like`.
+inline Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype, const Tensor& like) {
+  if (sizes.size() != strides.size()) throw Error("empty_strided wants as many strides as sizes");
+  AtenTensorOpaque* handle;
+  PROBQUANT_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                 like.device_type(), like.device_index(), &handle));
+  return Tensor(handle);
+}
+
+/// The same, contiguous.
+inline Tensor empty(IntView sizes, int32_t dtype, const Tensor& like) {
+  constexpr size_t kMaxRank = 16;
+  if (sizes.size() > kMaxRank) throw Error("a tensor of more than 16 dimensions");
+  int64_t strides[kMaxRank];
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return empty_strided(sizes, {strides, sizes.size()}, dtype, like);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The boxed stack
+
+/// Converts one slot. take() consumes what the slot owns, give() makes a slot that owns its value.
+template <class T>
+struct Convert {
+  static_assert(std::is_arithmetic_v<T>, "no conversion for this argument type");
+  static T take(Slot slot) {
+    T value;
+    std::memcpy(&value, &slot, sizeof value);  // little-endian, as every platform of this library
+    return value;
+  }
+  static Slot give(T value) {
+    Slot slot = 0;
+    std::memcpy(&slot, &value, sizeof value);
+    return slot;
+  }
+};
+
+template <>
+struct Convert<Tensor> {
+  static Tensor take(Slot slot) { return Tensor(reinterpret_cast<AtenTensorOpaque*>(slot)); }
+  static Slot give(Tensor&& tensor) { return reinterpret_cast<Slot>(tensor.release()); }
+};
+
+template <class T>
+struct Convert<std::optional<T>> {
+  static std::optional<T> take(Slot slot) {
+    const std::unique_ptr<Slot> inner(reinterpret_cast<Slot*>(slot));  // from new, in this ABI version
+    if (inner == nullptr) return std::nullopt;
+    return Convert<T>::take(*inner);
+  }
+};
+
+template <class T>
+struct Convert<std::vector<T>> {
+  static std::vector<T> take(Slot slot) {
+    struct Free {
+      void operator()(StableListOpaque* list) const { torch_delete_list(list); }
+    };
+    const std::unique_ptr<StableListOpaque, Free> list(reinterpret_cast<StableListOpaque*>(slot));
+    size_t size;
+    PROBQUANT_TORCH_CHECK(torch_list_size(list.get(), &size));
+    std::vector<T> result;
+    result.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      Slot item;
+      PROBQUANT_TORCH_CHECK(torch_list_get_item(list.get(), i, &item));
+      result.push_back(Convert<T>::take(item));
+    }
+    return result;
+  }
+};
+
+/// Boxed<&kernel>::call is `kernel` in torch's calling convention. Schema type and C++ type of an argument:
+///   Tensor  const Tensor&          Tensor?  const std::optional<Tensor>&     Tensor[]  const std::vector<Tensor>&
+///   int     int64_t                float    double                           bool      bool
+///   int[]   const std::vector<int64_t>&                 ScalarType  int32_t (see Codes)
+/// and optionals of these. It returns a Tensor, a std::tuple of them, a number, or nothing.
+template <auto Kernel>
+struct Boxed;
+
+template <class Result, class... Arguments, Result (*Kernel)(Arguments...)>
+struct Boxed<Kernel> {
+  static void call(Slot* stack, uint64_t argument_count, uint64_t result_count) {
+    if (argument_count != sizeof...(Arguments) || result_count != kResultCount) {
+      throw Error("an op's schema and its kernel differ: " + std::to_string(argument_count) + " and " +
+                  std::to_string(sizeof...(Arguments)) + " arguments, " + std::to_string(result_count) + " and " +
+                  std::to_string(kResultCount) + " results");
+    }
+    run(stack, std::index_sequence_for<Arguments...>());
+  }
+
+ private:
+  template <class T>
+  using Held = std::remove_cv_t<std::remove_reference_t<T>>;
+
+  template <class T>
+  struct Results {
+    static constexpr uint64_t count = 1;
+    static void give(Slot* stack, T&& result) { stack[0] = Convert<T>::give(std::move(result)); }
+  };
+  template <class... T>
+  struct Results<std::tuple<T...>> {
+    static constexpr uint64_t count = sizeof...(T);
+    static void give(Slot* stack, std::tuple<T...>&& results) {
+      std::apply([stack](T&... result) mutable { ((*stack++ = Convert<T>::give(std::move(result))), ...); }, results);
+    }
+  };
+  static constexpr uint64_t result_count_of() {
+    if constexpr (std::is_void_v<Result>) {
+      return 0;
+    } else {
+      return Results<Result>::count;
+    }
+  }
+  static constexpr uint64_t kResultCount = result_count_of();
+
+  template <size_t... I>
+  static void run(Slot* stack, std::index_sequence<I...>) {
+    std::tuple<Held<Arguments>...> arguments{Convert<Held<Arguments>>::take(stack[I])...};
+    if constexpr (std::is_void_v<Result>) {
+      Kernel(static_cast<Arguments&&>(std::get<I>(arguments))...);
+    } else {
+      Results<Result>::give(stack, Kernel(static_cast<Arguments&&>(std::get<I>(arguments))...));
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Registration
+
+/// Schemas of a namespace, or its kernels for one dispatch key. What is registered stays so until the process ends.
+class Library {
+ public:
+  static Library fragment(const char* name_space) {
+    Library library;
+    PROBQUANT_TORCH_CHECK(aoti_torch_library_init_fragment(name_space, __FILE__, __LINE__, &library.handle_));
+    return library;
+  }
+  static Library kernels(const char* name_space, const char* dispatch_key) {
+    Library library;
+    PROBQUANT_TORCH_CHECK(aoti_torch_library_init_impl(name_space, dispatch_key, __FILE__, __LINE__, &library.handle_));
+    return library;
+  }
+  void define(const char* schema) const { PROBQUANT_TORCH_CHECK(aoti_torch_library_def(handle_, schema)); }
+  template <auto Kernel>
+  void implement(const char* op) const {
+    PROBQUANT_TORCH_CHECK(torch_library_impl(handle_, op, &Boxed<Kernel>::call, kAbiVersion));
+  }
+
+ private:
+  TorchLibraryOpaque* handle_ = nullptr;
+};
+
+/// Runs `register_ops` when the library is loaded: a file-scope object of the op library. A failure is printed, since an
+/// exception could only end the process there; the ops are then missing.
+struct RegisterAtLoad {
+  explicit RegisterAtLoad(void (*register_ops)()) noexcept {
+    try {
+      if (aoti_torch_abi_version() < kAbiVersion) throw Error("torch >= 2.10 is wanted");
+      register_ops();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s: torch.ops.probquant stays empty\n", error.what());
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads and devices
+
+/// One parallel_for on torch's pool. An exception of the body must not cross the C ABI: the first one is kept and thrown
+/// again in the caller; ranges that start after it are skipped.
+class ParallelCall {
+ public:
+  static void run(int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
+    ParallelCall call{body, argument};
+    PROBQUANT_TORCH_CHECK(torch_parallel_for(0, count, 1, &ParallelCall::range, &call));
+    if (call.error_) std::rethrow_exception(call.error_);
+  }
+
+ private:
+  ParallelCall(void (*body)(void*, int64_t, int64_t), void* argument) : body_(body), argument_(argument) {}
+
+  static void range(int64_t begin, int64_t end, void* self) noexcept {
+    auto& call = *static_cast<ParallelCall*>(self);
+    if (call.failed_.load(std::memory_order_relaxed)) return;
+    try {
+      call.body_(call.argument_, begin, end);
+    } catch (...) {
+      if (!call.failed_.exchange(true)) call.error_ = std::current_exception();
+    }
+  }
+
+  void (*body_)(void*, int64_t, int64_t);
+  void* argument_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+};
+
+/// torch's thread pool, as many threads as torch.get_num_threads() says now. Inside a parallel region of torch the work
+/// runs in the calling thread.
+inline Executor torch_executor() {
+  uint32_t threads;
+  PROBQUANT_TORCH_CHECK(torch_get_num_threads(&threads));
+  const auto parallel_for = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
+    ParallelCall::run(count, body, argument);
+  };
+  return {parallel_for, nullptr, static_cast<int>(threads)};
+}
+
+/// Makes a CUDA device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device_index) {
+    PROBQUANT_TORCH_CHECK(aoti_torch_create_device_guard(device_index, &guard_));
+  }
+  ~DeviceGuard() { aoti_torch_delete_device_guard(guard_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  DeviceGuardOpaque* guard_;
+};
+
+/// torch's current stream of a CUDA device: a cudaStream_t.
+inline void* current_cuda_stream(int32_t device_index) {
+#define PROBQUANT_POINTER(result, name, parameters) using CurrentStream = result(*) parameters;
+  PROBQUANT_TORCH_CUDA_SYMBOLS(PROBQUANT_POINTER)
+#undef PROBQUANT_POINTER
+  static const auto ask = []() -> CurrentStream {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, name);
+    if (symbol == nullptr) {
+      if (void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(torch_cuda, name);
+    }
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  if (ask == nullptr) throw Error("this torch was built without CUDA");
+  void* stream;
+  PROBQUANT_TORCH_CHECK(ask(device_index, &stream));
+  return stream;
+}
+
+}  // namespace probquant::stable

@@ -1,0 +1,17 @@
+"""Int8 inference for PyTorch whose scales adapt to every input at the cost of fixed ones.
+
+Implements "A probabilistic framework for dynamic quantization" (arXiv 2505.10689). `torch.ops.probquant` holds the ops;
+`quantize` turns a float model into an int8 one; `compare` shows what that gains and costs.
+"""
+
+from pathlib import Path
+
+from ._native import build_info, cpu_info
+from ._ops import Activation, Strategy, ops
+
+__version__ = build_info()["version"]
+
+#: For C++ projects: -DCMAKE_PREFIX_PATH=$(python -c "import probquant; print(probquant.cmake_prefix_path)")
+cmake_prefix_path = str(Path(__file__).parent / "lib" / "cmake")
+
+__all__ = ["Activation", "Strategy", "build_info", "cmake_prefix_path", "cpu_info", "ops"]

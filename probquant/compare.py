@@ -1,0 +1,393 @@
+"""Compare quantized models with the float32 model they were made from: accuracy, SQNR, clipping, latency, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FLOAT32 = "float32"
+_MAX_DB = 138.5  # 2 ** -46, the square of float32's resolution: no SQNR is told beyond it
+
+
+def sqnr(reference: Tensor, approximation: Tensor) -> Tensor:
+    """Signal to quantization noise ratio of each image in dB, ``float64`` [N]; both arguments are [N, ...], same shape.
+
+    10 log10(sum reference^2 / sum (approximation - reference)^2), within +-138.5 dB (what float32 can resolve); a noise
+    that is not finite counts as the largest. NaN where the reference is all zero: there is no signal to compare with.
+    """
+    if reference.shape != approximation.shape:
+        raise ValueError(f"shapes differ: reference {tuple(reference.shape)}, approximation {tuple(approximation.shape)}")
+    reference, approximation = (x.reshape(len(x), -1).float() for x in (reference, approximation))
+    signal = reference.square().sum(1, dtype=torch.float64)
+    noise = (approximation - reference).square().sum(1, dtype=torch.float64).nan_to_num(nan=math.inf)
+    decibels = 10 * torch.log10(signal / noise)
+    return decibels.clamp(-_MAX_DB, _MAX_DB).where(signal > 0, torch.nan)
+
+
+def mean_and_worst1(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean, and mean of the lowest 1 % (at least one value); NaNs are left out; (None, None) if nothing is left."""
+    kept = sorted(value for value in values if not math.isnan(value))
+    if not kept:
+        return None, None
+    return statistics.fmean(kept), statistics.fmean(kept[: max(1, len(kept) // 100)])
+
+
+def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Largest number of bytes that torch's CPU allocator had handed out at once during one forward, above its start.
+
+    Counts every activation, temporary and the output; not the inputs and parameters, which existed before. The model
+    is run once beforehand, so that what it prepares on its first call does not count.
+    """
+    with torch.no_grad():
+        model(*inputs)
+        with _profiled_memory() as changes:
+            model(*inputs)
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def latency(models: dict[str, nn.Module], inputs: Sequence[Tensor], rounds: int = 15) -> dict[str, tuple[float, float]]:
+    """Milliseconds per image of each model: (median, minimum) over ``rounds``, after two calls to warm up.
+
+    Each round times every model once, so that a slow moment of the machine hits all of them; inputs are [N, ...].
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for turn in range(rounds + 2):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(*inputs)
+                times[name].append(1e3 * (time.perf_counter() - start) / len(inputs[0]))
+    return {name: (statistics.median(all_[2:]), min(all_[2:])) for name, all_ in times.items()}
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found. Shares (top1, agreement, clipped) are in 0..1, SQNR in dB, None where unknown.
+
+    rows: one dict per strategy and shift: strategy, shift, top1, agreement, sqnr_mean, sqnr_worst1, clipped, ms,
+        peak_activation_bytes.
+    layers: one dict per strategy, shift and layer: strategy, shift, layer, kind, sqnr_mean, sqnr_worst1, clipped.
+    image_sqnr: (strategy, shift) -> SQNR of the output of each image in dB.
+    ms_min: (strategy, shift) -> lowest latency in ms per image.
+    setup: how it was measured: images, layer_images, batch (of latency and memory), rounds, threads.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    layers: list[dict] = field(default_factory=list)
+    image_sqnr: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    ms_min: dict[tuple[str, str], float] = field(default_factory=dict)
+    setup: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(parts: Iterable[Comparison]) -> Comparison:
+        """One comparison from several (say, one per shift), which were measured in the same way."""
+        whole = Comparison()
+        for part in parts:
+            whole.rows += part.rows
+            whole.layers += part.layers
+            whole.image_sqnr |= part.image_sqnr
+            whole.ms_min |= part.ms_min
+            whole.setup = part.setup
+        return whole
+
+    def table(self) -> str:
+        """The rows as plain text."""
+        header = ["shift", "strategy", "top-1", "agreement", "SQNR mean", "worst 1 %", "clipped", "ms/image", "peak MiB"]
+        return _text_table(header, [[row["shift"], row["strategy"], *cells(row)] for row in self.rows], names=2)
+
+    def layer_table(self, shift: str | None = None) -> str:
+        """SQNR of every layer as plain text, for one shift (default: the first)."""
+        header = ["layer", "kind", "strategy", "SQNR mean", "worst 1 %", "clipped"]
+        shift = shift or self.rows[0]["shift"]
+        return _text_table(
+            header,
+            [
+                [row["layer"], row["kind"], row["strategy"], *layer_cells(row)]
+                for row in self.layers
+                if row["shift"] == shift
+            ],
+            names=3,
+        )
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """The rows as a JSON list; also written to ``path`` (replaced in one step) if given."""
+        text = json.dumps(self.rows, indent=1)
+        if path is not None:
+            write_text(path, text + "\n")
+        return text
+
+    def to_html(self, path: str | os.PathLike, title: str = "probquant report", about: Sequence[str] = ()) -> None:
+        """Write a self-contained page with tables and plots to ``path`` (replaced in one step); needs matplotlib.
+
+        about: paragraphs of plain text that say what was compared.
+        """
+        from .report import page
+
+        write_text(path, page(self, title, about))
+
+
+def compare(
+    float_model: nn.Module,
+    qmodels: dict[str, nn.Module] | nn.Module,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    shift: str = "clean",
+    layer_images: int = 64,
+    measure_batch: int = 1,
+    rounds: int = 15,
+    progress: bool = True,
+) -> Comparison:
+    """Run a float32 model and its quantized versions on the same images.
+
+    qmodels: one QuantizedModel (its name becomes its strategy), or {name: QuantizedModel}; "float32" is taken.
+    batches: float32 [N, ...] model inputs (a tuple of them for a model with several inputs), gone through once.
+    labels: class index of each image, in the batches' order, -1 where unknown; None: no top-1.
+    shift: name for the rows. layer_images: this many first images give the layers' SQNR and the clipped share.
+    measure_batch: images per call when latency and peak memory are measured (cut to the first batch's size).
+    rounds: calls per model for the latency.
+
+    Top-1 and agreement (the share of images with float32's class) are told if the model's first output is [N, classes].
+    A model with several outputs is judged by the SQNR of all of them together.
+    The clipped share is clipped values / written values, over all int8 layers.
+
+    Raises ValueError for no images, labels that do not match them in number, or no model to compare.
+    """
+    from probquant import capture
+
+    if not isinstance(qmodels, dict):
+        qmodels = {getattr(qmodels, "strategy", "int8"): qmodels}
+    if not qmodels or FLOAT32 in qmodels:
+        raise ValueError(f"qmodels must hold at least one model, none named {FLOAT32!r}; got {list(qmodels)}")
+    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+
+    image_sqnr: dict[str, list[float]] = {name: [] for name in qmodels}
+    classes: dict[str, list[Tensor]] = {name: [] for name in (FLOAT32, *qmodels)}
+    layers = {name: _LayerStatistics() for name in qmodels}
+    first, seen, layers_seen = None, 0, 0
+
+    with torch.no_grad(), _progress(progress, f"comparing on {shift} images") as bar:
+        for batch in batches:
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            n = len(inputs[0])
+            if n == 0:
+                continue
+            first = first or inputs
+            with_layers = layers_seen < layer_images
+            if with_layers:
+                reference, float_layers = capture(float_model, batch)
+                layers_seen += n
+            else:
+                reference = float_model(*inputs)
+            classes[FLOAT32].append(_classes(reference))
+            for name, qmodel in qmodels.items():
+                if with_layers:
+                    output, captured = capture(qmodel, batch)
+                    layers[name].add(n, float_layers, captured)
+                else:
+                    output = qmodel(*inputs)
+                image_sqnr[name] += sqnr(_joined(reference), _joined(output)).tolist()
+                classes[name].append(_classes(output))
+            seen += n
+            bar.update(n)
+    if first is None:
+        raise ValueError("there are no images in batches")
+    if labels is not None and len(labels) != seen:
+        raise ValueError(f"{len(labels)} labels for {seen} images")
+
+    models = {FLOAT32: float_model, **qmodels}
+    small = tuple(x[:measure_batch] for x in first)
+    ms = latency(models, small, rounds)
+    predicted = {name: None if parts[0] is None else torch.cat(parts) for name, parts in classes.items()}
+    result = Comparison(
+        setup={
+            "images": seen,
+            "layer_images": layers_seen,
+            "batch": len(small[0]),
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    for name, model in models.items():
+        mean, worst = mean_and_worst1(image_sqnr.get(name, []))
+        result.rows.append(
+            {
+                "strategy": name,
+                "shift": shift,
+                "top1": _share_equal(predicted[name], labels),
+                "agreement": _share_equal(predicted[name], predicted[FLOAT32]),
+                "sqnr_mean": mean,
+                "sqnr_worst1": worst,
+                "clipped": layers[name].clipped_share() if name in layers else None,
+                "ms": ms[name][0],
+                "peak_activation_bytes": peak_activation_bytes(model, *small),
+            }
+        )
+        result.ms_min[name, shift] = ms[name][1]
+        if name in qmodels:
+            result.image_sqnr[name, shift] = image_sqnr[name]
+            kinds = {layer.name: layer.kind for layer in model.layers}
+            result.layers += [{"strategy": name, "shift": shift, **row} for row in layers[name].rows(kinds)]
+    return result
+
+
+class _LayerStatistics:
+    """SQNR of every image, values clipped and values written, of every layer of one quantized model."""
+
+    def __init__(self):
+        self.sqnr: dict[str, list[float]] = {}
+        self.clipped: dict[str, int] = {}
+        self.written: dict[str, int] = {}
+
+    def add(self, n: int, reference: dict, captured: dict) -> None:
+        for name, layer in captured.items():
+            if name in reference:
+                expected = reference[name].value.reshape(n, -1)
+                self.sqnr.setdefault(name, []).extend(sqnr(expected, layer.value.reshape(n, -1)).tolist())
+            if layer.clipped is not None:
+                self.clipped[name] = self.clipped.get(name, 0) + int(layer.clipped.sum())
+                self.written[name] = self.written.get(name, 0) + layer.value.numel()
+
+    def clipped_share(self) -> float | None:
+        written = sum(self.written.values())
+        return sum(self.clipped.values()) / written if written else None
+
+    def rows(self, kinds: dict[str, str]) -> list[dict]:
+        rows = []
+        for name, values in self.sqnr.items():
+            mean, worst = mean_and_worst1(values)
+            clipped = self.clipped[name] / self.written[name] if self.written.get(name) else None
+            kind = kinds.get(name, "")
+            rows.append({"layer": name, "kind": kind, "sqnr_mean": mean, "sqnr_worst1": worst, "clipped": clipped})
+        return rows
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in one step: a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _outputs(output) -> list[Tensor]:
+    """All tensors of a model's output, in a fixed order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = output.values()
+    return [tensor for part in output for tensor in _outputs(part)]
+
+
+def _joined(output) -> Tensor:
+    tensors = _outputs(output)
+    return torch.cat([tensor.reshape(len(tensors[0]), -1).float() for tensor in tensors], dim=1)
+
+
+def _classes(output) -> Tensor | None:
+    scores = _outputs(output)[0]
+    return scores.argmax(1) if scores.dim() == 2 else None
+
+
+def _share_equal(classes: Tensor | None, wanted: Tensor | None) -> float | None:
+    if classes is None or wanted is None or not (wanted >= 0).any():
+        return None
+    known = wanted >= 0
+    return (classes[known] == wanted[known]).double().mean().item()
+
+
+@contextlib.contextmanager
+def _progress(enabled: bool, text: str):
+    from tqdm import tqdm
+
+    with tqdm(desc=text, unit="image", disable=not enabled) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _profiled_memory():
+    """Yields a list that holds, once the block is left, the signed size of every CPU allocation and release, in order."""
+    changes: list[int] = []
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _without_stderr():  # the profiler announces itself there
+        profiler.start()
+    try:
+        yield changes
+    finally:
+        with _without_stderr():
+            profiler.stop()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes += [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+@contextlib.contextmanager
+def _without_stderr():
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+# ---- text ----
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return "-" if value is None else format(value * factor, form)
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def cells(row: dict) -> list[str]:
+    return [
+        _percent(row["top1"]),
+        _percent(row["agreement"]),
+        _number(row["sqnr_mean"], ".1f"),
+        _number(row["sqnr_worst1"], ".1f"),
+        _percent(row["clipped"], 3),
+        _number(row["ms"], ".1f"),
+        _number(row["peak_activation_bytes"], ".2f", 2**-20),
+    ]
+
+
+def layer_cells(row: dict) -> list[str]:
+    return [_number(row["sqnr_mean"], ".1f"), _number(row["sqnr_worst1"], ".1f"), _percent(row["clipped"], 3)]
+
+
+def _text_table(header: list[str], rows: list[list[str]], names: int) -> str:
+    """Columns aligned, the first ``names`` of them to the left; a rule wherever the first column changes."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines, group = [], header[0]
+    for line in [header, *rows]:
+        if line[0] != group:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+            group = line[0]
+        cells = [text.ljust(w) if i < names else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
