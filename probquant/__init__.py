@@ -8,10 +8,27 @@ from pathlib import Path
 
 from ._native import build_info, cpu_info
 from ._ops import Activation, Strategy, ops
+from .model import Capture, LayerInfo, QuantizedModel, load, save, validate
+from .quantize import capture, quantize
 
 __version__ = build_info()["version"]
 
 #: For C++ projects: -DCMAKE_PREFIX_PATH=$(python -c "import probquant; print(probquant.cmake_prefix_path)")
 cmake_prefix_path = str(Path(__file__).parent / "lib" / "cmake")
 
-__all__ = ["Activation", "Strategy", "build_info", "cmake_prefix_path", "cpu_info", "ops"]
+__all__ = [
+    "Activation",
+    "Capture",
+    "LayerInfo",
+    "QuantizedModel",
+    "Strategy",
+    "build_info",
+    "capture",
+    "cmake_prefix_path",
+    "cpu_info",
+    "load",
+    "ops",
+    "quantize",
+    "save",
+    "validate",
+]

@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         return args.run(args)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         if args.traceback:
             raise
-        print(f"probquant {args.command}: error: {error}", file=sys.stderr)
+        print(f"probquant {args.command}: error: {error}\n(--traceback shows where)", file=sys.stderr)
         return 1
 
 
@@ -53,7 +53,7 @@ def demo(args: argparse.Namespace) -> int:
         f"Calibrated on {len(calibration)} images: {calibration.source}.",
         f"Evaluated on {len(evaluation)} images: {evaluation.source}; shifts at severity {args.severity} of 5.",
         f"int8 with one scale per image; granularity {args.granularity}, sampling stride gamma {args.gamma}, "
-        f"criterion {args.criterion}. CPU with {torch.get_num_threads()} threads.",
+        f"criterion {args.criterion}. CPU threads: {torch.get_num_threads()}.",
     ]
     print("\n".join(about), flush=True)
     result = run_demo(
@@ -235,11 +235,11 @@ def _parser() -> argparse.ArgumentParser:
             "quantize mynets.resnet:resnet18 --weights resnet18.pt --images photos --out resnet18.safetensors",
         ],
     )
+    _model_arguments(sub)
     sub.add_argument("--strategy", choices=["probabilistic", "static", "dynamic"], default="probabilistic", help="where scales come from")
     sub.add_argument("--out", metavar="FILE", help="where to save the quantized model (.safetensors)")
     sub.add_argument("--images", metavar="DIR", help="images to calibrate on (default: photographs from scikit-image)")
     sub.add_argument("--limit", type=_count, metavar="N", default=128, help="calibrate on at most N images")
-    _model_arguments(sub)
     _run_arguments(sub)
     _quantize_arguments(sub)
 
@@ -249,11 +249,11 @@ def _parser() -> argparse.ArgumentParser:
         "Compare saved quantized models with the float32 model on a folder of images.",
         ["compare efficientnet-lite0 lite0.safetensors --images imagenet/val --layers --html report.html"],
     )
+    _model_arguments(sub)
     sub.add_argument("qmodel", nargs="+", metavar="QMODEL", help="file written by 'quantize --out' or probquant.save")
     sub.add_argument("--images", metavar="DIR", required=True, help="images to evaluate on; sub-folders are labels")
     sub.add_argument("--limit", type=_count, metavar="N", help="evaluate on at most N images")
     sub.add_argument("--layers", action="store_true", help="print the table of the layers, too")
-    _model_arguments(sub)
     _run_arguments(sub)
     _report_arguments(sub, html=None)
 
@@ -277,7 +277,7 @@ def _model_arguments(sub) -> None:
 
 
 def _run_arguments(sub) -> None:
-    sub.add_argument("--batch-size", type=_count, default=16, metavar="N", help="images per call")
+    sub.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images per call")
     sub.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
 
@@ -286,7 +286,7 @@ def _quantize_arguments(sub) -> None:
     group = sub.add_argument_group("quantization")
     group.add_argument("--surrogate", default="gaussian", choices=["gaussian"], help="how ranges are predicted")
     group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law for the weights, or one per output channel")
-    group.add_argument("--gamma", type=_count, default=4, help="sampling stride of the prediction, in each direction")
+    group.add_argument("--gamma", type=int, default=4, help="sampling stride of the prediction, in each direction; 0: moments of the whole input only")
     group.add_argument("--criterion", default="mse", choices=["mse", "coverage", "minmax"], help="what calibration optimises")
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")
     group.add_argument("--exclude", nargs="+", metavar="LAYER", help="these layers stay float")

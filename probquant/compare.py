@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from .model import QuantizedModel
+from .quantize import capture
 
 FLOAT32 = "float32"
 _MAX_DB = 138.5  # 2 ** -46, the square of float32's resolution: no SQNR is told beyond it
@@ -28,7 +32,7 @@ def sqnr(reference: Tensor, approximation: Tensor) -> Tensor:
     """
     if reference.shape != approximation.shape:
         raise ValueError(f"shapes differ: reference {tuple(reference.shape)}, approximation {tuple(approximation.shape)}")
-    reference, approximation = (x.reshape(len(x), -1).float() for x in (reference, approximation))
+    reference, approximation = (x.reshape(len(x), math.prod(x.shape[1:])).float() for x in (reference, approximation))
     signal = reference.square().sum(1, dtype=torch.float64)
     noise = (approximation - reference).square().sum(1, dtype=torch.float64).nan_to_num(nan=math.inf)
     decibels = 10 * torch.log10(signal / noise)
@@ -143,7 +147,7 @@ class Comparison:
 
 def compare(
     float_model: nn.Module,
-    qmodels: dict[str, nn.Module] | nn.Module,
+    qmodels: dict[str, QuantizedModel] | QuantizedModel,
     batches: Iterable[Tensor | tuple[Tensor, ...]],
     labels: Tensor | Sequence[int] | None = None,
     *,
@@ -168,10 +172,8 @@ def compare(
 
     Raises ValueError for no images, labels that do not match them in number, or no model to compare.
     """
-    from probquant import capture
-
     if not isinstance(qmodels, dict):
-        qmodels = {getattr(qmodels, "strategy", "int8"): qmodels}
+        qmodels = {qmodels.settings["strategy"]: qmodels}
     if not qmodels or FLOAT32 in qmodels:
         raise ValueError(f"qmodels must hold at least one model, none named {FLOAT32!r}; got {list(qmodels)}")
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
@@ -181,7 +183,7 @@ def compare(
     layers = {name: _LayerStatistics() for name in qmodels}
     first, seen, layers_seen = None, 0, 0
 
-    with torch.no_grad(), _progress(progress, f"comparing on {shift} images") as bar:
+    with torch.no_grad(), tqdm(desc=f"comparing on {shift} images", unit=" images", disable=not progress) as bar:
         for batch in batches:
             inputs = batch if isinstance(batch, tuple) else (batch,)
             n = len(inputs[0])
@@ -189,16 +191,17 @@ def compare(
                 continue
             first = first or inputs
             with_layers = layers_seen < layer_images
-            if with_layers:
-                reference, float_layers = capture(float_model, batch)
-                layers_seen += n
-            else:
-                reference = float_model(*inputs)
+            layers_seen += n * with_layers
+            float_layers: dict[tuple, dict] = {}  # by which layers they are; mostly the same ones for every qmodel
+            reference = float_model(*inputs)
             classes[FLOAT32].append(_classes(reference))
             for name, qmodel in qmodels.items():
                 if with_layers:
-                    output, captured = capture(qmodel, batch)
-                    layers[name].add(n, float_layers, captured)
+                    output, captured = qmodel.capture(*inputs)
+                    which = tuple((layer.name, layer.output) for layer in qmodel.layers if layer.int8)
+                    if which not in float_layers:
+                        float_layers[which] = capture(float_model, *inputs, like=qmodel)[1]
+                    layers[name].add(n, float_layers[which], captured)
                 else:
                     output = qmodel(*inputs)
                 image_sqnr[name] += sqnr(_joined(reference), _joined(output)).tolist()
@@ -315,14 +318,6 @@ def _share_equal(classes: Tensor | None, wanted: Tensor | None) -> float | None:
         return None
     known = wanted >= 0
     return (classes[known] == wanted[known]).double().mean().item()
-
-
-@contextlib.contextmanager
-def _progress(enabled: bool, text: str):
-    from tqdm import tqdm
-
-    with tqdm(desc=text, unit="image", disable=not enabled) as bar:
-        yield bar
 
 
 @contextlib.contextmanager

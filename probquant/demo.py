@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .compare import Comparison, compare
 from .corruptions import corrupt
 from .data import EFFICIENTNET_LITE0, ImageSet, bundled_photographs, demo_package, image_folder
+from .quantize import quantize
 
 STRATEGIES = ("static", "dynamic", "probabilistic")
 SHIFTS = ("clean", "contrast", "dark", "noise")
@@ -59,7 +60,7 @@ def run_demo(
     calibration: ImageSet,
     evaluation: ImageSet,
     *,
-    batch_size: int = 16,
+    batch_size: int = 8,
     severity: int = 3,
     strategies: Sequence[str] = STRATEGIES,
     shifts: Sequence[str] = SHIFTS,
@@ -70,8 +71,6 @@ def run_demo(
 
     severity: 1..5, of the shifts (:mod:`probquant.corruptions`). options: passed on to :func:`probquant.quantize`.
     """
-    from probquant import quantize
-
     prepare = EFFICIENTNET_LITE0
     model = efficientnet_lite0()
     batches = [prepare.normalize(pixels) for pixels in calibration.batches(prepare, batch_size)]

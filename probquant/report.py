@@ -23,7 +23,9 @@ figure { margin: 0 0 16px; } figure img { width: 100%; height: auto; display: bl
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 2px solid #d1d5db; } td { border-bottom: 1px solid #f3f4f6; }
-th.name, td.name { text-align: left; } tr.group td { border-top: 2px solid #d1d5db; }
+th.name, td.name { text-align: left; } details table { font-size: 13px; } details th, details td { padding: 4px 7px; }
+tr.over th { border: 0; text-align: center; }
+tr.group td { border-top: 2px solid #d1d5db; }
 td .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
 td.best { font-weight: 700; } details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; }
 """
@@ -72,8 +74,8 @@ def page(comparison: Comparison, title: str, about: Sequence[str]) -> str:
 
 def _results(comparison: Comparison, colours: dict[str, str]) -> str:
     names = ("shift", "strategy")
-    header = [*names, "top-1", "agreement", "SQNR mean", "worst 1 %", "clipped", "ms / image", "(min)", "peak MiB"]
-    lines, shift = [], None
+    header = [*names, "top-1", "agreement", "SQNR mean", "worst 1 %", "clipped", "ms / image", "min ms", "peak MiB"]
+    lines, shift = [_header(header, len(names))], None
     for row in comparison.rows:
         dot = f'<span class="dot" style="background:{colours[row["strategy"]]}"></span>'
         *values, peak = cells(row)
@@ -85,7 +87,7 @@ def _results(comparison: Comparison, colours: dict[str, str]) -> str:
             + "</tr>"
         )
         shift = row["shift"]
-    return _table(header, lines, len(names))
+    return _table(lines)
 
 
 def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: dict[str, str]) -> str:
@@ -97,7 +99,7 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
     layers = {layer: row["kind"] for name in strategies for layer, row in rows[name].items()}
     if not layers:
         return "<p>No layers were compared.</p>"
-    figure, axes = _subplots(1, 1, 3.6)
+    figure, axes = _subplots(1, 1, 4.2)
     for name in strategies:
         for key, style in (("sqnr_mean", {"lw": 1.6, "label": name}), ("sqnr_worst1", {"lw": 0.9, "ls": ":"})):
             values = [rows[name].get(layer, {}).get(key) for layer in layers]
@@ -105,11 +107,10 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
     axes.set(ylabel="SQNR [dB]", xlim=(-0.5, len(layers) - 0.5))
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6 if len(layers) > 40 else 8)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, ncols=4, loc="upper right")
+    _legend_above(axes)
 
-    header = ["layer", "kind"] + [f"{name}: mean" for name in strategies]
-    header += [f"{name}: worst 1 %" for name in strategies] + [f"{name}: clipped" for name in strategies]
-    lines = []
+    groups = "".join(f"<th colspan={len(strategies)}>{text}</th>" for text in ("SQNR mean", "worst 1 %", "clipped"))
+    lines = [f"<tr class=over><th></th><th></th>{groups}</tr>", _header(["layer", "kind", *strategies * 3], 2)]
     for layer, kind in layers.items():
         told = [layer_cells(rows[name][layer]) if layer in rows[name] else ["-"] * 3 for name in strategies]
         values = "".join(f"<td>{cell}</td>" for column in zip(*told) for cell in column)
@@ -117,7 +118,7 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
     caption = f"{shift} images. Solid: mean over the images; dotted: worst 1 %."
     return (
         _figure(_svg(figure), caption)
-        + f"<details><summary>Table of the layers, {html.escape(shift)} images</summary>{_table(header, lines, 2)}</details>"
+        + f"<details><summary>Table of the layers, {html.escape(shift)} images</summary>{_table(lines)}</details>"
     )
 
 
@@ -157,19 +158,25 @@ def _distributions(comparison: Comparison, strategies: list[str], shifts: list[s
             centre = x + (i - (len(strategies) - 1) / 2) * width
             # spread the points sideways in a fixed pattern (golden ratio), so that equal values stay visible
             at = [centre + width * 0.7 * ((n * 0.618034) % 1 - 0.5) for n in range(len(values))]
-            axes.scatter(at, values, s=9, alpha=0.45, lw=0, color=colours[name], label=None if x else name)
+            axes.scatter(at, values, s=16, alpha=0.5, lw=0, color=colours[name], label=None if x else name, rasterized=True)
             if values:
                 axes.hlines(sum(values) / len(values), centre - width * 0.42, centre + width * 0.42, color="#111827", lw=1.6)
     axes.set_xticks(range(len(shifts)), shifts)
     axes.set_ylabel("SQNR of the output [dB]")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, ncols=len(strategies), loc="lower center", bbox_to_anchor=(0.5, 1))
+    _legend_above(axes)
     return _svg(figure)
 
 
-def _table(header: list[str], lines: list[str], names: int) -> str:
-    cells_ = "".join(f"<th{' class=name' if i < names else ''}>{html.escape(text)}</th>" for i, text in enumerate(header))
-    return f'<div class="card"><table><tr>{cells_}</tr>\n' + "\n".join(lines) + "</table></div>"
+def _header(texts: Sequence[str], names: int) -> str:
+    """A row of column titles, the first ``names`` of them to the left."""
+    return "<tr>" + "".join(
+        f"<th{' class=name' if i < names else ''}>{html.escape(text)}</th>" for i, text in enumerate(texts)
+    ) + "</tr>"  # fmt: skip
+
+
+def _table(lines: Sequence[str]) -> str:
+    return '<div class="card"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def _figure(image: str, caption: str) -> str:
@@ -191,8 +198,12 @@ def _subplots(rows: int, columns: int, height: float):
     return figure, axes
 
 
+def _legend_above(axes) -> None:
+    axes.legend(frameon=False, ncols=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
 def _svg(figure) -> str:
     """The figure as base64 of an SVG image."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
     return base64.b64encode(buffer.getvalue()).decode("ascii")

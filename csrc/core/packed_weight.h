@@ -4,8 +4,9 @@
 //   BlockHeader   sums of its weights, scales, biases (zeros for channels that do not exist)
 //   stream        [taps][ceil(I / 4)][16 channels][4 inputs] int8, tap = ky * kernel_width + kx, I = inputs per group
 // so that 64 bytes hold 4 inputs of 16 channels: one vpdpbusd operand of AVX-512 VNNI, two of AVX2.
-// Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps in the place of 4 inputs:
-//   stream        [ceil(taps / 4)][16 channels][4 taps]
+// Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps of one kernel column in the place of 4 inputs:
+//   stream        [kernel_width][ceil(kernel_height / 4)][16 channels][4 ky]
+// so that a step meets the 4 input rows of one column, interleaved once for all the outputs that touch the column.
 // Everything is a multiple of 64 bytes.
 #pragma once
 #include <probquant/ops.h>
@@ -22,12 +23,19 @@ struct BlockHeader {
 };
 static_assert(sizeof(BlockHeader) == 192, "a block stays a multiple of 64 bytes");
 
+/// Bytes of all kernel rows of a weight whose segments are kernel rows, at most: kernels copy those of a pixel near the border.
+inline constexpr int64_t kMaxRowSegmentBytes = 400;
+
 struct PackedLayout {
   bool depthwise;
   int64_t out_channels, groups, taps, inputs;  ///< inputs per group
   int64_t group_channels;                      ///< output channels per group of blocks: O / groups, or O when depthwise
   int64_t group_blocks;                        ///< blocks per such group
+  int64_t segment_taps;                        ///< taps per segment: 1, or the kernel's width
+  int64_t segment_steps;                       ///< 64-byte steps per segment
+  int64_t segments;                            ///< 0 when depthwise
   int64_t steps;                               ///< 64-byte steps in a block's stream
+  int64_t sums_offset;                         ///< of the segments' sums in a block
   int64_t block_bytes;
 
   explicit PackedLayout(const WeightShape& s)
@@ -38,8 +46,12 @@ struct PackedLayout {
         inputs(s.in_channels_per_group),
         group_channels(depthwise ? s.out_channels : s.out_channels / s.groups),
         group_blocks((group_channels + kBlockChannels - 1) / kBlockChannels),
-        steps(depthwise ? (taps + 3) / 4 : taps * ((inputs + 3) / 4)),
-        block_bytes(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes) {}
+        segment_taps(joins_rows(s) ? s.kernel_width : 1),
+        segment_steps((segment_taps * inputs + 3) / 4),
+        segments(depthwise ? 0 : taps / segment_taps),
+        steps(depthwise ? (taps + 3) / 4 : segments * segment_steps),
+        sums_offset(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes),
+        block_bytes(sums_offset + (segments > 1 ? segments * kStreamBytes : 0)) {}
 
   int64_t bytes() const { return (depthwise ? 1 : groups) * group_blocks * block_bytes; }
 
@@ -51,9 +63,16 @@ struct PackedLayout {
   int64_t lane(int64_t o) const { return (o % group_channels) % kBlockChannels; }
   /// Byte offset in a block of the weight at (lane, tap, input).
   int64_t weight_offset(int64_t lane, int64_t tap, int64_t input) const {
-    const int64_t step = depthwise ? tap / 4 : tap * ((inputs + 3) / 4) + input / 4;
-    const int64_t within = depthwise ? tap % 4 : input % 4;
-    return static_cast<int64_t>(sizeof(BlockHeader)) + step * kStreamBytes + lane * 4 + within;
+    const int64_t at = depthwise ? tap : tap % segment_taps * inputs + input;
+    const int64_t step = (depthwise ? 0 : tap / segment_taps * segment_steps) + at / 4;
+    return static_cast<int64_t>(sizeof(BlockHeader)) + step * kStreamBytes + lane * 4 + at % 4;
+  }
+
+ private:
+  static bool joins_rows(const WeightShape& s) {
+    const int64_t row = s.kernel_width * s.in_channels_per_group;
+    return s.groups == 1 && s.kernel_width > 1 && s.in_channels_per_group < 16 && s.in_channels_per_group % 4 != 0 && row <= 128 &&
+           s.kernel_height * ((row + 3) / 4 * 4) <= kMaxRowSegmentBytes;
   }
 };
 

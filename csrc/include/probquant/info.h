@@ -11,7 +11,7 @@ namespace probquant {
 struct BuildInfo {
   std::string version;
   bool cuda = false;          ///< CUDA kernels are compiled in
-  std::string cuda_archs;     ///< their architectures, as in CMAKE_CUDA_ARCHITECTURES; empty without CUDA
+  std::string cuda_archs;     ///< their architectures, such as "80-real 90-real"; empty without CUDA
   std::string cuda_compiler;  ///< empty without CUDA
   std::string compiler;
   std::string build_type;

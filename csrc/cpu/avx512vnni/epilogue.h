@@ -1,0 +1,117 @@
+// What the AVX-512 kernels share behind their accumulators: core/numerics.h in vectors of 16 floats, the same operations
+// in the same order and so the same bits, and the moments of written codes. Everything has internal linkage.
+#pragma once
+#include <immintrin.h>
+
+#include "../kernels.h"
+
+namespace probquant {
+namespace {
+
+/// Mask of the first n lanes, n clamped to 0..16 (0..64).
+inline __mmask16 first_lanes16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
+inline __mmask64 first_lanes64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic of numerics.h. vmaxps and vminps return their second operand when a NaN is involved, as max_f and min_f do.
+
+inline __m512 clamp_ps(__m512 t, __m512 lo, __m512 hi) { return _mm512_min_ps(_mm512_max_ps(t, lo), hi); }
+inline __m512 negate_ps(__m512 x) { return _mm512_xor_ps(x, _mm512_set1_ps(-0.0f)); }
+
+inline __m512 exp_ps(__m512 x) {
+  x = clamp_ps(x, _mm512_set1_ps(-87.0f), _mm512_set1_ps(87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+  const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
+}
+
+inline __m512 erf_ps(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), a, one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 y = _mm512_fmadd_ps(negate_ps(_mm512_mul_ps(p, t)), exp_ps(negate_ps(_mm512_mul_ps(a, a))), one);
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), y, negate_ps(y));
+}
+
+inline __m512 sigmoid_ps(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(negate_ps(x))));
+}
+
+/// activate() of numerics.h.
+inline __m512 activate_ps(Activation kind, __m512 x) {
+  switch (kind) {
+    case Activation::silu: return _mm512_mul_ps(x, sigmoid_ps(x));
+    case Activation::gelu:
+      return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x),
+                           _mm512_add_ps(_mm512_set1_ps(1.0f), erf_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752f)))));
+    case Activation::hardswish: {
+      const __m512 gate = clamp_ps(_mm512_add_ps(x, _mm512_set1_ps(3.0f)), _mm512_setzero_ps(), _mm512_set1_ps(6.0f));
+      return _mm512_mul_ps(x, _mm512_mul_ps(gate, _mm512_set1_ps(0.166666667f)));
+    }
+    case Activation::sigmoid: return sigmoid_ps(x);
+    case Activation::clamp: break;
+  }
+  return x;
+}
+
+/// round_to_code() of numerics.h for one sample: codes in the 32-bit lanes, and the lanes that saturated.
+struct Rounding {
+  __m512 lo, hi, lo_edge, hi_edge;
+  __m512i zero_point;
+
+  explicit Rounding(int32_t z)
+      : lo(_mm512_set1_ps(-static_cast<float>(z))),
+        hi(_mm512_set1_ps(255.0f - static_cast<float>(z))),
+        lo_edge(_mm512_sub_ps(lo, _mm512_set1_ps(0.5f))),
+        hi_edge(_mm512_add_ps(hi, _mm512_set1_ps(0.5f))),
+        zero_point(_mm512_set1_epi32(z)) {}
+
+  __m512i codes(__m512 t) const { return _mm512_add_epi32(_mm512_cvtps_epi32(clamp_ps(t, lo, hi)), zero_point); }
+  __mmask16 clipped(__m512 t) const {  // a NaN is
+    return static_cast<__mmask16>(~_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(t, lo_edge, _CMP_GE_OQ), t, hi_edge, _CMP_LE_OQ));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Moments
+
+/// Running sums of codes, 64 at a time: sum q, and sum q (q - 128), whose second factor fits vpdpbusd's signed side.
+/// A lane grows by at most 4 * 255 * 127 per vector: flush before kFlushAfter vectors.
+struct CodeSums {
+  static constexpr int64_t kFlushAfter = 16000;
+  __m512i sum = _mm512_setzero_si512(), product = _mm512_setzero_si512();
+
+  void add(__m512i q) {
+    sum = _mm512_dpbusd_epi32(sum, q, _mm512_set1_epi8(1));
+    product = _mm512_dpbusd_epi32(product, q, _mm512_xor_si512(q, _mm512_set1_epi8(-128)));
+  }
+
+  /// Adds to the totals and starts again.
+  void flush(int64_t& total, int64_t& squares) {
+    const auto wide = [](__m512i v) {
+      return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
+                                                      _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1))));
+    };
+    const int64_t s = wide(sum);
+    total += s;
+    squares += wide(product) + 128 * s;
+    sum = product = _mm512_setzero_si512();
+  }
+};
+
+}  // namespace
+}  // namespace probquant

@@ -1,0 +1,405 @@
+// Walks a dense layer: which rows form a register tile, which taps it needs, where they lie. Shared by the ISA files, which
+// own the register tiles; everything here has internal linkage, because it is compiled with their flags.
+//
+// Order of the loops: group, chunk of rows, then panels of blocks outside tiles of rows, or the other way round. Tiles are
+// outside while all weights stay in half of L2 (they are built once, rows of y are written at once); otherwise panels are
+// outside, a panel's weights come from L1 or L2, the input of a chunk from L2, and weights are read once per chunk.
+//
+// Implicit GEMM: a tile holds the address of each row's first tap, and every tap is an offset from it that all rows share.
+// The output image falls into five regions (interior, top, bottom, left, right) so that tiles of the interior see no
+// padding, and the others leave out the taps that lie in the padding for all of their rows. What padding remains in a tile
+// (corners, mostly), and reads past the end of x, go through a table of pointers: into x, to a run of zero points, or to a copy.
+#pragma once
+#include "kernels.h"
+
+namespace probquant {
+namespace {
+
+constexpr int kTileRows = 12;            // most rows of a register tile
+constexpr int kPanelBlocks = 3;          // most blocks of a register tile
+constexpr int kCallSegments = 16;        // segments that one call of a register tile takes, at most
+constexpr int64_t kPieceBytes = 256;     // longest segment of a table
+constexpr int64_t kChunkSamples = 256;   // counters a thread holds
+constexpr int64_t kChunkRows = 16384;    // keeps 32-bit partial moments far from overflow
+
+constexpr int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t clamp_i(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
+
+/// Input bytes that follow each other for every row of a tile, and the weights they meet.
+struct Segment {
+  int64_t x_offset;       ///< from the row's pointer
+  int64_t weight_offset;  ///< in a block's stream
+  int64_t steps;          ///< of 4 inputs
+};
+
+/// Taps [ky0, ky1) x [kx0, kx1).
+struct Box {
+  int64_t ky0, ky1, kx0, kx1;
+};
+
+/// Output positions that a register tile computes together.
+struct Tile {
+  int rows;
+  bool pure;        ///< no row has padding inside the box
+  bool one_sample;
+  Box box;          ///< the taps that some row needs
+  const uint8_t* x[kTileRows];  ///< where tap (0, 0) is, or would be
+  int64_t row[kTileRows], sample[kTileRows];
+  int64_t iy[kTileRows], ix[kTileRows];  ///< position of tap (0, 0); set when the layer has padding or a table may be needed
+};
+
+/// Neighbouring blocks of one group.
+struct Panel {
+  const uint8_t* block;
+  int blocks;
+  int64_t channel;   ///< the first one's
+  int64_t channels;  ///< that exist: blocks * 16, or less
+};
+
+/// What a register tile needs to compute its accumulators.
+struct TileInput {
+  const Segment* segments;
+  int segment_count;
+  const uint8_t* const* rows;  ///< row i of segment s: rows[s * row_step + i] + x_offset
+  int64_t row_step;
+  const uint8_t* weights;      ///< stream of the panel's first block
+  int64_t block_bytes;
+  const int32_t* start;        ///< accumulators before the first segment, [blocks * 16] per row
+  int64_t start_step;          ///< 0: the same for all rows
+};
+
+class DenseDriver {
+ public:
+  explicit DenseDriver(const LayerProblem& problem)
+      : p(problem),
+        s(problem.shape),
+        layout(problem.layout),
+        x_end(p.x + s.batch * s.in_height * s.in_width * s.in_channels),
+        tap_y(s.dilation_height * s.in_width * s.in_channels),
+        tap_x(s.dilation_width * s.in_channels),
+        joined(layout.segment_taps > 1),
+        contiguous(s.dilation_width == 1 && (joined || (s.groups == 1 && layout.inputs % 4 == 0))),
+        full{0, s.kernel_height, 0, s.kernel_width} {
+    for (int32_t& z : zero_run_value) z = -1;
+    interior_y0 = min_i(ceil_div(s.padding_top, s.stride_height), p.out_height);
+    interior_x0 = min_i(ceil_div(s.padding_left, s.stride_width), p.out_width);
+    interior_y1 = interior_end(s.in_height, s.padding_top, s.kernel_height, s.stride_height, s.dilation_height, interior_y0, p.out_height);
+    interior_x1 = interior_end(s.in_width, s.padding_left, s.kernel_width, s.stride_width, s.dilation_width, interior_x0, p.out_width);
+  }
+
+  /// Calls kernel.run(tile, panel) over the range and kernel.end_chunk() where no more than kChunkSamples samples were met.
+  template <class Kernel>
+  void run(const LayerRange& range, Kernel& kernel) {
+    if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
+    const int64_t first_block = block_index(range.channel_begin), last_block = block_index(range.channel_end - 1);
+    for (group = first_block / layout.group_blocks; group <= last_block / layout.group_blocks; ++group) {
+      const int64_t base = group * layout.group_blocks;
+      const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
+      // an odd number of blocks ends in a panel of 3, whose tiles are lower
+      const int64_t max_rows = Kernel::max_rows(b1 - b0);
+      const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
+      const int64_t chunk = chunk_rows(tiles_outside);
+      for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
+        const int64_t end = min_i(begin + chunk, range.row_end);
+        if (tiles_outside) {
+          for_each_tile(begin, end, max_rows, [&](const Tile& tile) { for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); }); });
+        } else {
+          for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) {
+            for_each_tile(begin, end, max_rows, [&](const Tile& tile) { kernel.run(*this, tile, panel); });
+            kernel.end_panel();
+          });
+        }
+        kernel.end_chunk();
+      }
+    }
+  }
+
+  /// Calls compute(input, last) until all segments of the tile are done. Unless `last`, it leaves the accumulators in `partial`.
+  template <class Compute>
+  void accumulate(const Tile& tile, const Panel& panel, Compute compute) {
+    TileInput in;
+    in.segments = segments;
+    in.weights = panel.block + sizeof(BlockHeader);
+    in.block_bytes = layout.block_bytes;
+    set_start(tile, panel, in);
+    const bool direct = tile.pure && !reads_past_end(tile);
+    in.rows = direct ? tile.x : table;
+    in.row_step = direct ? 0 : kTileRows;
+    Cursor at{tile.box.ky0, tile.box.kx0, 0};
+    bool more;
+    do {
+      more = direct ? next_segments(tile, at, in.segment_count) : next_table(tile, at, in.segment_count);
+      compute(in, !more);
+      in.start = partial;
+      in.start_step = panel.blocks * kBlockChannels;
+    } while (more);
+  }
+
+  const LayerProblem& p;
+  const Conv2dShape& s;
+  const PackedLayout& layout;
+  alignas(64) int32_t partial[kTileRows * kPanelBlocks * kBlockChannels];
+
+ private:
+  /// Next tap, and byte of it, to hand out.
+  struct Cursor {
+    int64_t ky, kx, byte;
+  };
+
+  static int64_t interior_end(int64_t in, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation, int64_t begin, int64_t out) {
+    const int64_t room = in + padding - (dilation * (kernel - 1) + 1);
+    return room < 0 ? begin : clamp_i(room / stride + 1, begin, out);
+  }
+
+  int64_t block_index(int64_t channel) const {
+    return channel / layout.group_channels * layout.group_blocks + channel % layout.group_channels / kBlockChannels;
+  }
+
+  /// Rows between two ends of a chunk: their input fills about a third of L2, or a part of L1 when weights are inside too.
+  int64_t chunk_rows(bool tiles_outside) const {
+    const int64_t most = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
+    if (tiles_outside) return most;
+    constexpr int64_t kInputBytes = 384 << 10;
+    const int64_t bytes = s.in_channels * min_i(s.stride_height, s.kernel_height) * min_i(s.stride_width, s.kernel_width);
+    return clamp_i(kInputBytes / bytes, 4 * kTileRows, most);
+  }
+
+  template <class Kernel, class Visit>
+  void for_each_panel(int64_t b0, int64_t b1, Visit visit) {
+    for (int64_t b = b0; b < b1;) {
+      Panel panel;
+      panel.blocks = Kernel::panel_blocks(b1 - b);
+      panel.block = p.packed_weight + (group * layout.group_blocks + b) * layout.block_bytes;
+      panel.channel = group * layout.group_channels + b * kBlockChannels;
+      panel.channels = min_i(panel.blocks * kBlockChannels, layout.group_channels - b * kBlockChannels);
+      b += panel.blocks;
+      visit(panel);
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // Tiles
+
+  template <class Visit>
+  void for_each_tile(int64_t begin, int64_t end, int64_t max_rows, Visit visit) {
+    Tile tile;
+    if (p.rows_per_sample < kTileRows / 2 && s.batch > 1) {  // tiles over several samples
+      const int64_t tiles = ceil_div(end - begin, max_rows);
+      for (int64_t t = 0; t < tiles; ++t) {
+        start_tile(tile);
+        const int64_t to = begin + (end - begin) * (t + 1) / tiles;
+        for (int64_t row = begin + (end - begin) * t / tiles; row < to; ++row) {
+          const int64_t sample = row / p.rows_per_sample, in_sample = row % p.rows_per_sample;
+          add_row(tile, sample, in_sample / p.out_width, in_sample % p.out_width, true);
+        }
+        finish_tile(tile);
+        visit(tile);
+      }
+      return;
+    }
+    for (int64_t sample = begin / p.rows_per_sample; sample * p.rows_per_sample < end; ++sample) {
+      const int64_t first = max_i(begin - sample * p.rows_per_sample, 0), last = min_i(end - sample * p.rows_per_sample, p.rows_per_sample);
+      const auto region = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1, bool inside) {
+        const int64_t width = x1 - x0, from = positions_before(first, y0, y1, x0, x1), count = positions_before(last, y0, y1, x0, x1) - from;
+        const int64_t tiles = width > 0 ? ceil_div(count, max_rows) : 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+          start_tile(tile);
+          int64_t at = from + count * t / tiles;
+          int64_t oy = y0 + at / width, ox = x0 + at % width;
+          for (const int64_t to = from + count * (t + 1) / tiles; at < to; ++at) {
+            add_row(tile, sample, oy, ox, !inside);
+            if (++ox == x1) ox = x0, ++oy;
+          }
+          if (inside) tile.box = full;
+          finish_tile(tile);
+          visit(tile);
+        }
+      };
+      region(0, interior_y0, 0, p.out_width, false);
+      region(interior_y0, interior_y1, 0, interior_x0, false);
+      region(interior_y0, interior_y1, interior_x0, interior_x1, true);
+      region(interior_y0, interior_y1, interior_x1, p.out_width, false);
+      region(interior_y1, p.out_height, 0, p.out_width, false);
+    }
+  }
+
+  /// Positions of the region [y0, y1) x [x0, x1) among the first `rows` rows of a sample.
+  int64_t positions_before(int64_t rows, int64_t y0, int64_t y1, int64_t x0, int64_t x1) const {
+    const int64_t y = rows / p.out_width;
+    if (y < y0) return 0;
+    if (y >= y1) return (y1 - y0) * (x1 - x0);
+    return (y - y0) * (x1 - x0) + clamp_i(rows % p.out_width - x0, 0, x1 - x0);
+  }
+
+  void start_tile(Tile& tile) const {
+    tile.rows = 0;
+    tile.pure = true;
+    tile.box = {s.kernel_height, 0, s.kernel_width, 0};
+  }
+
+  /// Taps of one axis that lie inside the image: [lo, hi).
+  static void valid_taps(int64_t first, int64_t extent, int64_t dilation, int64_t kernel, int64_t& lo, int64_t& hi) {
+    lo = min_i(ceil_div(-first, dilation), kernel);
+    hi = clamp_i(ceil_div(extent - first, dilation), lo, kernel);
+  }
+
+  Box valid_box(int64_t iy, int64_t ix) const {
+    Box b;
+    valid_taps(iy, s.in_height, s.dilation_height, s.kernel_height, b.ky0, b.ky1);
+    valid_taps(ix, s.in_width, s.dilation_width, s.kernel_width, b.kx0, b.kx1);
+    return b;
+  }
+
+  void add_row(Tile& tile, int64_t sample, int64_t oy, int64_t ox, bool near_border) const {
+    const int i = tile.rows++;
+    const int64_t iy = oy * s.stride_height - s.padding_top, ix = ox * s.stride_width - s.padding_left;
+    tile.x[i] = p.x + (((sample * s.in_height + iy) * s.in_width + ix) * s.in_channels + group * layout.inputs);
+    tile.row[i] = sample * p.rows_per_sample + oy * p.out_width + ox;
+    tile.sample[i] = sample;
+    tile.iy[i] = iy;
+    tile.ix[i] = ix;
+    if (!near_border) return;
+    const Box b = valid_box(iy, ix);
+    if (b.ky0 == b.ky1 || b.kx0 == b.kx1) {
+      tile.pure = false;
+      return;
+    }
+    if (i > 0 && (b.ky0 != tile.box.ky0 || b.ky1 != tile.box.ky1 || b.kx0 != tile.box.kx0 || b.kx1 != tile.box.kx1)) tile.pure = false;
+    tile.box = {min_i(b.ky0, tile.box.ky0), max_i(b.ky1, tile.box.ky1), min_i(b.kx0, tile.box.kx0), max_i(b.kx1, tile.box.kx1)};
+  }
+
+  void finish_tile(Tile& tile) const {
+    tile.one_sample = tile.sample[0] == tile.sample[tile.rows - 1];
+    Box& b = tile.box;
+    if (b.ky0 >= b.ky1 || b.kx0 >= b.kx1) b = {0, 0, 0, 0}, tile.pure = true;  // padding only
+    if (joined && (b.kx0 != 0 || b.kx1 != s.kernel_width)) b.kx0 = 0, b.kx1 = s.kernel_width, tile.pure = tile.pure && b.ky0 == b.ky1;
+    if (joined && !contiguous) tile.pure = tile.pure && b.ky0 == b.ky1;
+  }
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // Segments
+
+  /// First index of the packed segment of a tap, and how many segments a kernel row has.
+  int64_t packed_segment(int64_t ky, int64_t kx) const { return joined ? ky : ky * s.kernel_width + kx; }
+
+  bool reads_past_end(const Tile& tile) const {
+    const int64_t bytes = joined ? layout.inputs * s.kernel_width : layout.inputs;
+    if (bytes % 4 == 0 || tile.box.ky0 == tile.box.ky1) return false;
+    const int64_t last = (tile.box.ky1 - 1) * tap_y + (joined ? 0 : (tile.box.kx1 - 1) * tap_x);
+    return tile.x[tile.rows - 1] + last + layout.segment_steps * 4 > x_end;
+  }
+
+  /// Fills `segments` with what every row reads at the same offset. True: there is more.
+  bool next_segments(const Tile& tile, Cursor& at, int& count) {
+    const Box& b = tile.box;
+    count = 0;
+    const int64_t taps = joined ? s.kernel_width : contiguous ? b.kx1 - b.kx0 : 1;
+    const int64_t steps = joined ? layout.segment_steps : taps * layout.segment_steps;
+    while (at.ky < b.ky1) {
+      if (count == kCallSegments) return true;
+      segments[count++] = {at.ky * tap_y + at.kx * tap_x, packed_segment(at.ky, at.kx) * layout.segment_steps * kStreamBytes, steps};
+      at.kx += taps;
+      if (at.kx >= b.kx1) at.kx = b.kx0, ++at.ky;
+    }
+    return false;
+  }
+
+  /// Fills `segments` and `table`: a pointer per segment and row.
+  bool next_table(const Tile& tile, Cursor& at, int& count) {
+    const Box& b = tile.box;
+    const int64_t bytes = layout.inputs * layout.segment_taps;
+    count = 0;
+    int64_t copied = 0;
+    while (at.ky < b.ky1) {
+      const int64_t piece = min_i(bytes - at.byte, kPieceBytes), steps = (piece + 3) / 4;
+      if (count == kCallSegments || copied + tile.rows * steps * 4 > kCopyBytes) return true;
+      for (int i = 0; i < tile.rows; ++i) table[count * kTileRows + i] = table_entry(tile, i, at, piece, copied);
+      segments[count++] = {0, (packed_segment(at.ky, at.kx) * layout.segment_steps + at.byte / 4) * kStreamBytes, steps};
+      at.byte += piece;
+      if (at.byte < bytes) continue;
+      at.byte = 0;
+      at.kx += layout.segment_taps;
+      if (at.kx >= b.kx1) at.kx = b.kx0, ++at.ky;
+    }
+    return false;
+  }
+
+  const uint8_t* table_entry(const Tile& tile, int i, const Cursor& at, int64_t piece, int64_t& copied) {
+    const int64_t iy = tile.iy[i] + at.ky * s.dilation_height, ix = tile.ix[i] + at.kx * s.dilation_width;
+    int64_t lo = 0, hi = 1;
+    if (joined) valid_taps(tile.ix[i], s.in_width, s.dilation_width, s.kernel_width, lo, hi);
+    else if (ix < 0 || ix >= s.in_width) hi = 0;
+    const int slot = tile.one_sample ? 0 : i;
+    const int32_t zero_point = p.samples[tile.sample[i]].x_zero_point;
+    if (iy < 0 || iy >= s.in_height || lo == hi) {  // padding
+      if (zero_run_value[slot] != zero_point) {
+        __builtin_memset(zero_run[slot], zero_point, kPieceBytes);
+        zero_run_value[slot] = zero_point;
+      }
+      return zero_run[slot];
+    }
+    const uint8_t* x = tile.x[i] + at.ky * tap_y + at.kx * tap_x + at.byte;
+    const int64_t padded = (piece + 3) / 4 * 4;
+    const bool whole = !joined || (contiguous && lo == 0 && hi == s.kernel_width);
+    if (whole && x_end - x >= padded) return x;
+    uint8_t* copy = copies + copied;
+    copied += padded;
+    if (whole) {
+      __builtin_memcpy(copy, x, static_cast<size_t>(piece));
+    } else {
+      __builtin_memset(copy, zero_point, static_cast<size_t>(piece));
+      for (int64_t kx = lo; kx < hi; ++kx) __builtin_memcpy(copy + kx * layout.inputs, x + kx * tap_x, static_cast<size_t>(layout.inputs));
+    }
+    return copy;
+  }
+
+  /// Accumulators start at -zero point * sum of the weights that the tile will meet.
+  void set_start(const Tile& tile, const Panel& panel, TileInput& in) {
+    alignas(64) int32_t sums[kPanelBlocks * kBlockChannels];
+    const Box& b = tile.box;
+    const bool all = b.ky1 - b.ky0 == s.kernel_height && b.kx1 - b.kx0 == s.kernel_width;
+    for (int64_t j = 0; j < panel.blocks; ++j) {
+      const uint8_t* block = panel.block + j * layout.block_bytes;
+      int32_t* to = sums + j * kBlockChannels;
+      if (all) {
+        const auto* weight_sum = reinterpret_cast<const BlockHeader*>(block)->weight_sum;
+        for (int64_t c = 0; c < kBlockChannels; ++c) to[c] = weight_sum[c];
+        continue;
+      }
+      for (int64_t c = 0; c < kBlockChannels; ++c) to[c] = 0;
+      const auto* segment_sums = reinterpret_cast<const int32_t*>(block + layout.sums_offset);
+      for (int64_t ky = b.ky0; ky < b.ky1; ++ky)
+        for (int64_t kx = b.kx0; kx < b.kx1; kx += layout.segment_taps)
+          for (int64_t c = 0; c < kBlockChannels; ++c) to[c] += segment_sums[packed_segment(ky, kx) * kBlockChannels + c];
+    }
+    const int64_t lanes = panel.blocks * kBlockChannels;
+    in.start = start;
+    in.start_step = tile.one_sample ? 0 : lanes;
+    for (int i = 0; i < (tile.one_sample ? 1 : tile.rows); ++i) {
+      const int32_t zero_point = -p.samples[tile.sample[i]].x_zero_point;
+      for (int64_t c = 0; c < lanes; ++c) start[i * lanes + c] = zero_point * sums[c];
+    }
+  }
+
+  static constexpr int64_t kCopyBytes = kTileRows * kMaxRowSegmentBytes;
+
+  const uint8_t* const x_end;
+  const int64_t tap_y, tap_x;    // bytes between taps
+  const bool joined;             // packed segments are kernel rows
+  const bool contiguous;         // the bytes of neighbouring taps follow each other, and so do their weights
+  const Box full;
+  int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
+  int64_t group = 0;
+
+  alignas(64) int32_t start[kTileRows * kPanelBlocks * kBlockChannels];
+  Segment segments[kCallSegments];
+  const uint8_t* table[kCallSegments * kTileRows];
+  int32_t zero_run_value[kTileRows];
+  uint8_t zero_run[kTileRows][kPieceBytes];
+  uint8_t copies[kCopyBytes];
+};
+
+}  // namespace
+}  // namespace probquant

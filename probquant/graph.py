@@ -1,0 +1,450 @@
+"""From a float model to its layers: captures the graph, folds batch norms, and finds what one int8 kernel can do.
+
+`trace` gives a functional ATen graph (torch.export) without batch norms and dropouts; `find_units` groups its nodes into
+units: a convolution or linear layer with the residual add and the activation behind it, or one op without weights. A unit
+is what becomes one op of torch.ops.probquant, and what reports call a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ._ops import Activation
+
+aten = torch.ops.aten
+
+_IDENTITIES = {aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+_ADDS = {aten.add.Tensor}
+_MAX_SUM = 66_000  # weights per output that the int32 accumulator can hold (csrc/NUMERICS.md)
+
+
+@dataclasses.dataclass
+class Unit:
+    """A group of float nodes that one int8 op replaces.
+
+    kind: conv2d, linear, add, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d or flatten.
+    nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add and concat read
+    several). residual: the node a layer adds before its activation. options: what the op needs beside tensors.
+    """
+
+    name: str
+    kind: str
+    nodes: list[fx.Node]
+    output: fx.Node
+    inputs: list[fx.Node]
+    anchor: fx.Node
+    residual: fx.Node | None = None
+    weight: torch.Tensor | None = None  # float32, canonical: [O, kh, kw, I / groups] or [O, K]
+    bias: torch.Tensor | None = None
+    activation: Activation = Activation.CLAMP
+    activation_min: float | None = None
+    activation_max: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    int8: bool = False
+    quantized_output: bool = False  # else a layer writes float32
+    sample_dims: int = 1
+    reason: str = ""
+
+    @property
+    def is_layer(self) -> bool:
+        return self.kind in ("conv2d", "linear")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Capture
+
+
+def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
+    """Functional ATen graph of `model` in eval mode with a dynamic batch, batch norms folded, identities removed.
+
+    The model is left as it is; weights of the result are copies where folding changed them. Raises RuntimeError when
+    torch.export cannot capture the model.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = _export(model, example)
+            graph_module = program.run_decompositions({}).module()
+    finally:
+        model.train(training)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and not node.users:  # torch.export's guards on input shapes: every batch size is welcome
+            graph_module.graph.erase_node(node)
+    _remove_identities(graph_module)
+    _fold_batch_norms(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _export(model, example):
+    # torch.export specialises sizes 0 and 1, so the example has at least two images.
+    example = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
+    try:
+        return torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+    except Exception as dynamic_error:
+        try:
+            program = torch.export.export(model, example, strict=False)
+        except Exception as error:
+            raise RuntimeError(f"probquant: torch.export cannot capture {type(model).__name__}: {error}") from error
+        warnings.warn(
+            f"probquant: {type(model).__name__} fixes its batch size at {example[0].shape[0]}: {str(dynamic_error).splitlines()[0]}", stacklevel=3
+        )
+        return program
+
+
+def _remove_identities(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
+def attribute(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    """The tensor behind a get_attr node; None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = operator.attrgetter(node.target)(graph_module)
+    return value.detach() if isinstance(value, torch.Tensor) else None
+
+
+def _is_first_output(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
+    """y = (conv(x) - mean) / sqrt(var + eps) * weight + bias becomes one convolution, computed in float64."""
+    graph = graph_module.graph
+    for norm in list(graph.nodes):
+        if norm.op != "call_function" or norm.target is not aten._native_batch_norm_legit_no_training.default:
+            continue
+        layer, *parameters, _momentum, eps = norm.args
+        if layer.target not in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default) or len(layer.users) != 1:
+            continue
+        weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
+        scale, shift, mean, variance = (attribute(graph_module, p) for p in parameters)
+        if weight is None or mean is None or not all(_is_first_output(user) for user in norm.users):
+            continue
+        factor = (variance.double() + eps).rsqrt() * (scale.double() if scale is not None else 1.0)
+        offset = (0.0 if bias is None else bias.double()) - mean.double()
+        offset = offset * factor + (shift.double() if shift is not None else 0.0)
+        folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
+        with graph.inserting_before(layer):
+            names = [f"{layer.args[1].target}_folded".replace(".", "_"), f"{layer.args[1].target}_folded_bias".replace(".", "_")]
+            nodes = []
+            for name, value, original in zip(names, (folded, offset), (layer.args[1].target,) * 2, strict=True):
+                graph_module.register_buffer(name, value.to(weight.dtype))
+                node = graph.create_node("get_attr", name)
+                node.meta["parameter"] = original
+                nodes.append(node)
+        layer.args = (layer.args[0], *nodes, *layer.args[3:])
+        layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+        for user in list(norm.users):
+            user.replace_all_uses_with(layer)
+            graph.erase_node(user)
+        graph.erase_node(norm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Units
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument of an ATen node, given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def shape_of(node: fx.Node) -> tuple | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _pair(value) -> list[int]:
+    value = [value] if isinstance(value, int) else list(value)
+    return value * 2 if len(value) == 1 else value
+
+
+def layer_name(node: fx.Node) -> str:
+    """The module path of a layer, from its weight's name; the node's name where there is none."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        path = weight.meta.get("parameter", weight.target)
+        return path.rsplit(".", 1)[0] if "." in path else path
+    return node.name
+
+
+def find_units(graph_module: fx.GraphModule) -> list[Unit]:
+    """All units of a traced graph in execution order, whether they become int8 or not."""
+    units: list[Unit] = []
+    taken: set[fx.Node] = set()
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    seen_names: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or node in taken:
+            continue
+        unit = _layer_unit(graph_module, node) or _weightless_unit(node)
+        if unit is None:
+            continue
+        if unit.is_layer and not unit.reason:
+            _absorb_residual(unit, order, taken)
+        if unit.kind in ("conv2d", "linear", "add") and not unit.reason:
+            _absorb_activation(unit)
+        count = seen_names[unit.name] = seen_names.get(unit.name, 0) + 1
+        if count > 1:  # a module that is called several times
+            unit.name = f"{unit.name}#{count}"
+        taken.update(unit.nodes)
+        units.append(unit)
+    return sorted(units, key=lambda unit: order[unit.output])
+
+
+def _layer_unit(graph_module: fx.GraphModule, node: fx.Node) -> Unit | None:
+    if node.target is aten.linear.default:
+        kind, options = "linear", {}
+    elif node.target in (aten.conv2d.default, aten.conv2d.padding):
+        kind, options = "conv2d", _conv2d_options(node)
+    else:
+        return None
+    weight, bias = attribute(graph_module, node.args[1]), attribute(graph_module, argument(node, 2, "bias"))
+    unit = Unit(layer_name(node), kind, [node], node, [node.args[0]], node, options=options)
+    if weight is None or (argument(node, 2, "bias") is not None and bias is None):
+        unit.reason = "its weight is computed, not a parameter"
+        return unit
+    if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
+        raise ValueError(f"probquant: weight or bias of layer {unit.name!r} is not finite")
+    if math.prod(weight.shape[1:]) >= _MAX_SUM:
+        unit.reason = f"{math.prod(weight.shape[1:])} weights per output overflow an int32 sum (limit {_MAX_SUM})"
+    if (shape_of(node.args[0]) or (0, 0)).__len__() < 2:
+        unit.reason = "its input has no batch dimension"
+    unit.weight = (weight.permute(0, 2, 3, 1) if kind == "conv2d" else weight).float().contiguous()
+    unit.bias = None if bias is None else bias.float().contiguous()
+    if kind == "conv2d":
+        _absorb_padding(unit)
+    return unit
+
+
+def _conv2d_options(node: fx.Node) -> dict[str, Any]:
+    stride, dilation = (_pair(argument(node, i, name, 1)) for i, name in ((3, "stride"), (5, "dilation")))
+    padding = argument(node, 4, "padding", 0)
+    kernel = list(node.args[1].meta["val"].shape[2:]) if "val" in node.args[1].meta else None
+    if isinstance(padding, str):
+        total = [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
+    else:
+        height, width = _pair(padding)
+        padding = [height, height, width, width]
+    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": argument(node, 6, "groups", 1)}
+
+
+def _absorb_padding(unit: Unit) -> None:
+    """A zero padding in front of a convolution becomes its own."""
+    pad = unit.inputs[0]
+    if pad.op != "call_function" or pad.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return
+    constant = pad.target is aten.constant_pad_nd.default or argument(pad, 2, "mode", "constant") == "constant"
+    value = argument(pad, 2, "value", 0) if pad.target is aten.constant_pad_nd.default else argument(pad, 3, "value", 0)
+    amounts = list(pad.args[1]) + [0] * (4 - len(pad.args[1]))
+    if not constant or value or len(amounts) != 4 or min(amounts) < 0:
+        return
+    left, right, top, bottom = amounts
+    unit.options["padding"] = [a + b for a, b in zip(unit.options["padding"], (top, bottom, left, right), strict=True)]
+    unit.inputs = [pad.args[0]]
+    if len(pad.users) == 1:
+        unit.nodes.append(pad)
+
+
+def _absorb_residual(unit: Unit, order: dict[fx.Node, int], taken: set[fx.Node]) -> None:
+    users = list(unit.output.users)
+    if len(users) != 1 or users[0].target not in _ADDS or users[0] in taken:
+        return
+    add = users[0]
+    if argument(add, 2, "alpha", 1) != 1 or not all(isinstance(a, fx.Node) for a in add.args[:2]):
+        return
+    other = add.args[1] if add.args[0] is unit.output else add.args[0]
+    # With two layers at the add's inputs the later one takes it, so that the other is known by then.
+    if other is unit.output or order[other] > order[unit.output] or shape_of(other) != shape_of(add):
+        return
+    unit.residual = other
+    unit.nodes.append(add)
+    unit.output = add
+
+
+def _activation_of(node: fx.Node) -> tuple[Activation, float | None, float | None] | None:
+    """(kind, minimum, maximum) of an activation node."""
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if target is aten.relu.default:
+        return Activation.CLAMP, 0.0, None
+    if target is aten.relu6.default:
+        return Activation.CLAMP, 0.0, 6.0
+    if target in (aten.hardtanh.default, aten.clamp.default):
+        default = (-1.0, 1.0) if target is aten.hardtanh.default else (None, None)
+        bounds = [argument(node, i + 1, name, default[i]) for i, name in enumerate(("min_val", "max_val") if default[0] else ("min", "max"))]
+        if all(b is None or isinstance(b, (int, float)) for b in bounds) and bounds != [None, None]:
+            return Activation.CLAMP, *(None if b is None else float(b) for b in bounds)
+        return None
+    if target is aten.gelu.default:
+        return (Activation.GELU, None, None) if argument(node, 1, "approximate", "none") == "none" else None
+    kind = {aten.silu.default: Activation.SILU, aten.hardswish.default: Activation.HARDSWISH, aten.sigmoid.default: Activation.SIGMOID}.get(target)
+    return None if kind is None else (kind, None, None)
+
+
+def _silu_product(node: fx.Node) -> list[fx.Node] | None:
+    """[sigmoid, mul] when the only users of `node` are x * sigmoid(x)."""
+    users = list(node.users)
+    for sigmoid, product in (users, users[::-1]) if len(users) == 2 else ():
+        if sigmoid.target is aten.sigmoid.default and product.target is aten.mul.Tensor and set(product.args) == {node, sigmoid} and len(sigmoid.users) == 1:
+            return [sigmoid, product]
+    return None
+
+
+def _absorb_activation(unit: Unit) -> None:
+    product = _silu_product(unit.output)
+    users = list(unit.output.users)
+    if product:
+        found, nodes = (Activation.SILU, None, None), product
+    elif len(users) == 1 and _activation_of(users[0]):
+        found, nodes = _activation_of(users[0]), users
+    else:
+        return
+    if found[0] is not Activation.CLAMP and (unit.residual is not None or unit.kind == "add"):
+        return  # a curved activation acts in float before the one rounding, a residual after the scaling: not fused
+    unit.activation, unit.activation_min, unit.activation_max = found
+    unit.nodes.extend(nodes)
+    unit.output = nodes[-1]
+
+
+def _weightless_unit(node: fx.Node) -> Unit | None:
+    target, shape = node.target, shape_of(node)
+    inputs = [node.args[0]] if node.args else []
+    if shape is None or not inputs:
+        return None
+
+    def unit(kind, unit_inputs=inputs, **options):
+        return Unit(node.name, kind, [node], node, list(unit_inputs), node, options=options)
+
+    if target in _ADDS:
+        if not all(isinstance(a, fx.Node) and shape_of(a) == shape for a in node.args[:2]) or argument(node, 2, "alpha", 1) != 1:
+            return None
+        return unit("add", node.args[:2])
+    if target is aten.cat.default:
+        dim = argument(node, 1, "dim", 0)
+        channel_dim = 1 if len(shape) == 4 else len(shape) - 1
+        return unit("concat", node.args[0]) if dim % len(shape) == channel_dim else None
+    found = _activation_of(node)
+    if found:
+        result = unit("activation")
+        result.activation, result.activation_min, result.activation_max = found
+        return result
+    source = shape_of(inputs[0]) if isinstance(inputs[0], fx.Node) else None
+    if source is None:
+        return None
+    if target is aten.max_pool2d.default and len(source) == 4:
+        kernel, stride, padding = _window(node)
+        dilation = _pair(argument(node, 4, "dilation", 1))
+        padding = _ceil_padding(source, kernel, stride, padding, dilation) if argument(node, 5, "ceil_mode", False) else padding
+        return unit("max_pool2d", kernel_size=kernel, stride=stride, padding=padding, dilation=dilation)
+    if target is aten.avg_pool2d.default and len(source) == 4:
+        if argument(node, 4, "ceil_mode", False) or argument(node, 6, "divisor_override") is not None:
+            return None
+        kernel, stride, padding = _window(node)
+        return unit("avg_pool2d", kernel_size=kernel, stride=stride, padding=padding, count_include_pad=argument(node, 5, "count_include_pad", True))
+    if target is aten.adaptive_avg_pool2d.default and len(source) == 4:
+        return unit("adaptive_avg_pool2d", output_size=list(shape[2:]), flatten=False)
+    if target is aten.mean.dim and len(source) == 4 and sorted(d % 4 for d in node.args[1]) == [2, 3]:
+        return unit("adaptive_avg_pool2d", output_size=[1, 1], flatten=not argument(node, 2, "keepdim", False))
+    if target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims):
+        if len(shape) == 2 and len(source) > 2 and _same_size(shape[0], source[0]):
+            return unit("flatten")
+    return None
+
+
+def _same_size(a, b) -> bool:
+    return str(a) == str(b)  # symbolic sizes: no guards
+
+
+def _window(node: fx.Node) -> tuple[list[int], list[int], list[int]]:
+    kernel = _pair(node.args[1])
+    stride = _pair(argument(node, 2, "stride", None) or kernel)
+    height, width = _pair(argument(node, 3, "padding", 0))
+    return kernel, stride, [height, height, width, width]
+
+
+def _ceil_padding(source, kernel, stride, padding, dilation) -> list[int]:
+    """Padding below and to the right that gives a floor-mode window the size torch's ceil_mode has."""
+    result = list(padding)
+    for axis in range(2):
+        size, before = int(source[2 + axis]), padding[2 * axis]
+        span = dilation[axis] * (kernel[axis] - 1) + 1
+        out = -(-(size + 2 * before - span) // stride[axis]) + 1
+        if (out - 1) * stride[axis] >= size + before:  # the last window must start inside the input or its padding before it
+            out -= 1
+        result[2 * axis + 1] = max((out - 1) * stride[axis] + span - size - before, 0)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What becomes int8
+
+
+def choose_int8(units: list[Unit], selected) -> None:
+    """Marks the units that become int8. `selected(name)` says whether the user wants a layer quantized.
+
+    Layers are int8 wherever they can be. An op without weights is int8 when its inputs are there in 8 bits and somebody
+    reads its output in 8 bits; else it would only add roundings.
+    """
+    producers = {unit.output: unit for unit in units}
+    possible: set[fx.Node] = set()  # outputs that can be had in 8 bits
+    for unit in units:
+        if unit.is_layer:
+            if not unit.reason and not selected(unit.name):
+                unit.reason = "excluded by the caller"
+            if unit.reason:
+                continue
+            source = producers.get(unit.inputs[0])
+            rank = len(shape_of(unit.inputs[0]))
+            unit.sample_dims = source.sample_dims if unit.inputs[0] in possible else (1 if unit.kind == "conv2d" else rank - 1)
+            if unit.kind == "conv2d" and unit.sample_dims != 1:
+                unit.sample_dims = 1
+            if unit.residual is not None and not (unit.residual in possible and producers[unit.residual].sample_dims == unit.sample_dims):
+                _release_residual(unit)
+            possible.add(unit.output)
+        elif all(i in possible for i in unit.inputs):
+            dims = {producers[i].sample_dims for i in unit.inputs}
+            if len(dims) > 1:
+                unit.reason = "its inputs are quantized per image and per token"
+                continue
+            unit.sample_dims = dims.pop()
+            if unit.kind == "flatten" and unit.sample_dims != 1:
+                unit.reason = "its input is quantized per token"
+                continue
+            possible.add(unit.output)
+        else:
+            unit.reason = "its input is float"
+    for unit in reversed(units):
+        if unit.reason:
+            continue
+        readers = [u for u in units if u.int8 and (unit.output in u.inputs or unit.output is u.residual)]
+        unit.quantized_output = bool(readers)
+        unit.int8 = unit.is_layer or unit.quantized_output
+        if not unit.int8:
+            unit.reason = "nobody reads its output in 8 bits"
+
+
+def _release_residual(unit: Unit) -> None:
+    """The residual stays float: the layer ends at its own output again, the add and what follows stay float ops."""
+    unit.nodes = [n for n in unit.nodes if n is unit.anchor or n.target in (aten.pad.default, aten.constant_pad_nd.default)]
+    unit.output, unit.residual = unit.anchor, None
+    unit.activation, unit.activation_min, unit.activation_max = Activation.CLAMP, None, None

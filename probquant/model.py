@@ -1,0 +1,372 @@
+"""The int8 model: a torch.nn.Module whose layers are torch.ops.probquant ops; looking inside it; saving and loading it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ._ops import ops
+
+_UNITS = "int8_layers"
+_FORMAT = 1
+
+
+@dataclasses.dataclass
+class LayerInfo:
+    """What became of one layer of the float model.
+
+    name: module path in the float model (or the graph node's name). kind: conv2d, linear, add, ... int8: whether it runs on
+    8-bit codes; if not, `reason` says why. strategy: how its output gets its range ("float32" where the output is not
+    quantized). sample: "image" or "token", what has a scale of its own. fused: what runs in the same kernel. output: node
+    of the float graph that its output stands for. predictor: fitted values by name.
+    """
+
+    name: str
+    kind: str
+    int8: bool
+    reason: str = ""
+    strategy: str = ""
+    sample: str = "image"
+    fused: str = ""
+    output: str = ""
+    predictor: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Summary:
+    """Printable table of what is int8, what stays float, and why."""
+
+    def __init__(self, layers: list[LayerInfo]):
+        self.layers = layers
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "runs in", "output range", "per", "note")]
+        for layer in self.layers:
+            fitted = ", ".join(f"{name} {value:.3g}" for name, value in layer.predictor.items())
+            note = layer.reason if not layer.int8 else ", ".join(part for part in (layer.fused, fitted) if part)
+            rows.append((layer.name, layer.kind, "int8" if layer.int8 else "float", layer.strategy, layer.sample if layer.int8 else "", note))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows]
+        weighted = [layer for layer in self.layers if layer.kind in ("conv2d", "linear")]
+        done = sum(layer.int8 for layer in weighted)
+        lines.append(f"{done} of {len(weighted)} layers with weights run in int8, {len(weighted) - done} stay float")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Capture:
+    """Output of one layer in a forward pass: its value in float32 (dequantized), and per image the clipped values."""
+
+    value: torch.Tensor
+    clipped: torch.Tensor | None = None
+
+
+class QuantizedModel(fx.GraphModule):
+    """An int8 model. Call it as the float model it was made from: same inputs, same outputs, any batch size.
+
+    Its graph is straight-line code over torch.ops.probquant; `units` holds the tensors of the int8 layers. Copying and
+    pickling go through the same form as files do.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any]):
+        super().__init__(root, graph, "QuantizedModel")
+        setattr(self, _UNITS, units)  # with the canonical weights, which the graph does not read
+        self.meta["layers"], self.meta["settings"] = layers, settings
+        self.eval()
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """What became of every layer, in execution order."""
+        return self.meta["layers"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of quantize() that shaped the model."""
+        return self.meta["settings"]
+
+    def __deepcopy__(self, memo) -> QuantizedModel:
+        return _rebuild(_header(self), {name: tensor.clone() for name, tensor in _tensors(self).items()})
+
+    def __reduce__(self):
+        return _rebuild, (_header(self), _tensors(self))
+
+    def train(self, mode: bool = True):
+        if mode:
+            raise RuntimeError("probquant: a QuantizedModel is for inference, it cannot be trained")
+        return super().train(mode)
+
+    def summary(self) -> Summary:
+        return Summary(self.layers)
+
+    def capture(self, *inputs) -> tuple[Any, dict[str, Capture]]:
+        """Runs the model and returns (output, {layer name: Capture})."""
+        captures: dict[str, Capture] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, node):
+                result = super().run_node(node)
+                layer = node.meta.get("layer")
+                if layer is not None:
+                    captures[layer] = _capture(result)
+                return result
+
+        with torch.no_grad():
+            return Recorder(self).run(*inputs), captures
+
+    def __repr__(self) -> str:
+        count = sum(layer.int8 for layer in self.layers)
+        return f"QuantizedModel(strategy={self.settings.get('strategy')!r}, {count} int8 layers; print(model.summary()) lists them)"
+
+
+def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
+    q, scale, zero_point, stats = result
+    if q.dtype != torch.uint8:
+        return Capture(q)
+    clipped = stats[..., 2].reshape(stats.shape[0], -1).sum(1)
+    return Capture(ops.dequantize(q, scale, zero_point), clipped)
+
+
+class UnitTensors(nn.Module):
+    """Tensors of one int8 layer: the canonical weight (what files hold) and its packed form (what kernels read)."""
+
+    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, groups: int):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("packed_weight", ops.pack_weight(weight, weight_scale, bias, groups), persistent=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def validate(qmodel: QuantizedModel) -> None:
+    """Checks every value the kernels rely on and cannot check themselves: scales, predictors, weights.
+
+    Raises ValueError naming the layer, the value and what was wanted.
+    """
+    for name, tensor in qmodel.state_dict().items():
+        if not name.startswith(_UNITS):
+            continue
+        leaf = name.rsplit(".", 1)[1]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"probquant: {name} holds a value that is not finite, want finite float32 values")
+        if leaf == "weight_scale" and not bool((tensor > 0).all()):
+            raise ValueError(f"probquant: {name} has a minimum of {float(tensor.min())}, want scales > 0")
+        if leaf == "weight" and bool((tensor == -128).any()):
+            raise ValueError(f"probquant: {name} holds -128, want codes in [-127, 127]")
+        if leaf == "fixed":
+            scale, zero_point = tensor.tolist()
+            if not scale > 0 or not 0 <= zero_point <= 255:
+                raise ValueError(f"probquant: {name} is scale {scale}, zero point {zero_point}, want scale > 0 and zero point in 0..255")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: one safetensors file, tensors in canonical form, the graph as JSON in its metadata
+
+
+def save(qmodel: QuantizedModel, path: str | os.PathLike) -> None:
+    """Writes the model to one safetensors file. The file appears complete or not at all."""
+    if not isinstance(qmodel, QuantizedModel):
+        raise TypeError(f"probquant: save wants a QuantizedModel, got {type(qmodel).__name__}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in _tensors(qmodel).items()}
+        safetensors.torch.save_file(tensors, temporary, metadata={"probquant": json.dumps(_header(qmodel))})
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _tensors(qmodel: QuantizedModel) -> dict[str, torch.Tensor]:
+    """What a file holds: canonical weights, predictors, and the parameters and constants of float layers."""
+    tensors = {name: tensor.detach() for name, tensor in qmodel.state_dict().items()}
+    for node in qmodel.graph.nodes:  # constants that are neither parameters nor persistent buffers
+        if node.op == "get_attr" and node.target not in tensors and not node.target.startswith(_UNITS):
+            tensors[node.target] = operator.attrgetter(node.target)(qmodel).detach()
+    return tensors
+
+
+def _header(qmodel: QuantizedModel) -> dict:
+    """Everything but the tensors, as JSON can hold it."""
+    info = getattr(qmodel.graph._codegen, "pytree_info", None)
+    return {
+        "format": _FORMAT,
+        "layers": [dataclasses.asdict(layer) for layer in qmodel.layers],
+        "settings": qmodel.settings,
+        "groups": {name: unit.groups for name, unit in getattr(qmodel, _UNITS).named_children() if hasattr(unit, "groups")},
+        "nodes": [_encode_node(node) for node in qmodel.graph.nodes],
+        "pytree": None
+        if info is None
+        else {
+            "arguments": info.orig_args,
+            "in_spec": pytree.treespec_dumps(info.in_spec),
+            "out_spec": None if info.out_spec is None else pytree.treespec_dumps(info.out_spec),
+        },
+    }
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load(path: str | os.PathLike) -> QuantizedModel:
+    """Reads a model that save() wrote. Raises FileNotFoundError, or ValueError for a file that is not one or is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"probquant: no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"probquant: {path} is not a safetensors file: {error}") from error
+    if "probquant" not in metadata:
+        raise ValueError(f"probquant: {path} was not written by probquant.save")
+    try:
+        header = json.loads(metadata["probquant"])
+        if header["format"] != _FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {_FORMAT}")
+        qmodel = _rebuild(header, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"probquant: {path} is damaged or from another version: {error}") from error
+    validate(qmodel)
+    return qmodel
+
+
+def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
+    root = nn.Module()
+    units = nn.Module()
+    root.add_module(_UNITS, units)
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_UNITS + "."):
+            unit, leaf = name[len(_UNITS) + 1 :].split(".")
+            grouped.setdefault(unit, {})[leaf] = tensor
+        else:
+            _set_tensor(root, name, tensor)
+    for name, leaves in grouped.items():
+        units.add_module(name, make_unit(leaves, header["groups"].get(name)))
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in header["nodes"]:
+        node = graph.create_node(
+            entry["op"], _decode_target(entry), _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes), name=entry["name"]
+        )
+        nodes[entry["name"]] = node
+        if entry.get("layer"):
+            node.meta["layer"] = entry["layer"]
+    if header["pytree"] is not None:
+        p = header["pytree"]
+        out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
+        graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(p["arguments"], pytree.treespec_loads(p["in_spec"]), out_spec))
+    return QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"])
+
+
+def make_unit(leaves: dict[str, torch.Tensor], groups: int | None) -> nn.Module:
+    """The module of one int8 layer from its tensors; `groups` is None for an op without weights."""
+    if groups is None:
+        unit = nn.Module()
+    else:
+        unit = UnitTensors(leaves["weight"], leaves["weight_scale"], leaves.get("bias"), groups)
+        unit.groups = groups
+    for name, tensor in leaves.items():
+        if name not in ("weight", "weight_scale", "bias"):
+            unit.register_buffer(name, tensor)
+    return unit
+
+
+def _set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    root.register_buffer(leaf, tensor)
+
+
+def _encode_node(node: fx.Node) -> dict:
+    entry = {"op": node.op, "name": node.name, "target": _encode_target(node.target), "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
+    if "layer" in node.meta:
+        entry["layer"] = node.meta["layer"]
+    return entry
+
+
+def _encode_target(target) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"op:{target.namespace}.{target._opname}.{target._overloadname}"
+    if getattr(target, "__module__", "") in ("_operator", "operator", "math"):
+        return f"{'math' if target.__module__ == 'math' else 'operator'}:{target.__name__}"
+    raise TypeError(f"probquant: cannot save a graph that calls {target}")
+
+
+def _decode_target(entry: dict):
+    target = entry["target"]
+    if entry["op"] != "call_function":
+        return target
+    kind, name = target.split(":", 1)
+    if kind == "op":
+        namespace, op, overload = name.split(".")
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    if kind == "operator":
+        return getattr(operator, name)
+    raise ValueError(f"unknown function {target!r}")
+
+
+_TORCH_VALUES = {str(value): value for value in vars(torch).values() if isinstance(value, (torch.dtype, torch.layout, torch.memory_format))}
+
+
+def _encode(value):
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return {"list" if isinstance(value, list) else "tuple": [_encode(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": {k: _encode(v) for k, v in value.items()}}
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return {"torch": str(value)}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if value is None or isinstance(value, (bool, int, str)):
+        return {"value": value}
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    raise TypeError(f"probquant: cannot save a graph argument of type {type(value).__name__}")
+
+
+def _decode(value: dict, nodes: dict[str, fx.Node]):
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind in ("list", "tuple"):
+        items = [_decode(v, nodes) for v in content]
+        return items if kind == "list" else tuple(items)
+    if kind == "dict":
+        return {k: _decode(v, nodes) for k, v in content.items()}
+    if kind == "torch":
+        return _TORCH_VALUES[content]
+    if kind == "device":
+        return torch.device(content)
+    if kind == "float":
+        return float.fromhex(content)
+    return content

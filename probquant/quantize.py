@@ -1,0 +1,475 @@
+"""quantize(): from a float model and a few calibration batches to an int8 model.
+
+capture the graph (graph.py) -> choose what becomes int8 -> calibrate (surrogates.py) -> write the int8 graph (this file).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from . import surrogates
+from ._ops import Activation, Strategy, ops
+from .graph import Unit, aten, choose_int8, find_units, shape_of, trace
+from .model import Capture, LayerInfo, QuantizedModel, make_unit, validate
+
+_CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
+_CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
+
+
+def quantize(
+    model: nn.Module,
+    calibration_batches: Iterable,
+    *,
+    strategy: str = "probabilistic",
+    surrogate: str = "gaussian",
+    granularity: str = "tensor",
+    gamma: int = 4,
+    criterion: str = "mse",
+    coverage: float = 0.9999,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    progress: bool = True,
+) -> QuantizedModel:
+    """Makes an int8 model of a float one. The float model is left untouched.
+
+    calibration_batches: iterable of float batches as the model takes them (a tensor, or a tuple of positional arguments;
+        arguments the model does not take, labels for example, are ignored). A few dozen samples do. Read once.
+    strategy: "probabilistic" (scales predicted per image from the layer's input, arXiv 2505.10689), "static" (fixed
+        scales), or "dynamic" (exact minimum and maximum of every finished output).
+    surrogate: "gaussian", the paper's.
+    granularity: one law for all weights of a layer ("tensor"), or one per output channel ("channel").
+    gamma: the surrogate samples every gamma-th position in each direction; 0 uses only the input's moments, which the
+        layer before has already summed.
+    criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
+    coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
+    include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
+
+    Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
+    RuntimeError when torch.export cannot capture the model.
+    """
+    _check_choice("strategy", strategy, ("probabilistic", "static", "dynamic"))
+    _check_choice("surrogate", surrogate, ("gaussian",))
+    _check_choice("granularity", granularity, ("tensor", "channel"))
+    _check_choice("criterion", criterion, surrogates.CRITERIA)
+    if not isinstance(gamma, int) or isinstance(gamma, bool) or gamma < 0:
+        raise ValueError(f"probquant: gamma is {gamma!r}, want an integer >= 0")
+    if not 0.0 < coverage <= 1.0:
+        raise ValueError(f"probquant: coverage is {coverage!r}, want a share in (0, 1]")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"probquant: model is a {type(model).__name__}, want a torch.nn.Module")
+
+    positional = _positional_limit(model)
+    batches = iter(calibration_batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("probquant: calibration_batches is empty, want at least one batch")
+    example = _inputs(first, positional)
+    graph_module = trace(model, example)
+    units = find_units(graph_module)
+    choose_int8(units, _selector(units, include, exclude))
+    if not any(unit.int8 and unit.is_layer for unit in units):
+        reasons = {unit.reason for unit in units if unit.is_layer} or {"it has no convolution or linear layer"}
+        raise ValueError(f"probquant: nothing to quantize in {type(model).__name__}: {'; '.join(sorted(reasons))}")
+
+    settings = {
+        "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
+    }  # fmt: skip
+    plans = [_Plan(unit, settings) for unit in units if unit.int8]
+    _calibrate(graph_module, plans, example, batches, positional, progress)
+    qmodel = _Writer(graph_module, units, plans, settings).write()
+    validate(qmodel)
+    return qmodel
+
+
+def capture(model: nn.Module, *inputs, like: QuantizedModel | None = None) -> tuple[Any, dict[str, Capture]]:
+    """Runs a model and returns (output, {layer name: Capture}) for every layer that quantize() would make int8.
+
+    `like` takes the layers (and where their outputs are taken) from a QuantizedModel, so that both can be compared.
+    """
+    if isinstance(model, QuantizedModel):
+        return model.capture(*inputs)
+    graph_module = _cached_trace(model, inputs)
+    if like is not None:
+        names = {layer.output: layer.name for layer in like.layers if layer.int8}
+    else:
+        units = find_units(graph_module)
+        choose_int8(units, lambda name: True)
+        names = {unit.output.name: unit.name for unit in units if unit.int8 and unit.kind != "flatten"}
+    captures: dict[str, Capture] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            if node.name in names:
+                captures[names[node.name]] = Capture(result)
+            return result
+
+    with torch.no_grad():
+        return Recorder(graph_module).run(*inputs), captures
+
+
+_traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _cached_trace(model: nn.Module, example: tuple) -> fx.GraphModule:
+    version = tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers()))
+    cached = _traces.get(model)
+    if cached is None or cached[0] != version:
+        cached = _traces[model] = (version, trace(model, example))
+    return cached[1]
+
+
+def _check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"probquant: {name} is {value!r}, want one of {', '.join(map(repr, choices))}")
+
+
+def _positional_limit(model: nn.Module) -> int | None:
+    """How many positional arguments forward takes; None: any number."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _inputs(batch, limit: int | None) -> tuple:
+    inputs = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    inputs = inputs[:limit]
+    if not inputs or not isinstance(inputs[0], torch.Tensor):
+        raise ValueError(f"probquant: a calibration batch is a {type(batch).__name__}, want a tensor or a tuple of the model's inputs")
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise ValueError("probquant: a calibration batch holds values that are not finite")
+    if inputs[0].dim() > 0 and inputs[0].shape[0] == 0:
+        raise ValueError("probquant: a calibration batch is empty, want at least one sample")
+    return inputs
+
+
+def _selector(units: list[Unit], include, exclude):
+    names = [unit.name for unit in units if unit.is_layer]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"probquant: {argument} is the string {patterns!r}, want a list of names or patterns")
+        for pattern in patterns or ():
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"probquant: {argument} pattern {pattern!r} matches no layer; layers are {', '.join(names)}")
+
+    def matches(name, patterns):
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return lambda name: (include is None or matches(name, include)) and not (exclude and matches(name, exclude))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+class _Plan:
+    """One int8 unit on its way: its quantized weight and what calibration learns of it."""
+
+    def __init__(self, unit: Unit, settings: dict):
+        self.unit = unit
+        self.settings = settings
+        self.strategy = self._strategy(settings)
+        self.predictor: dict[str, float] = {}
+        self.leaves: dict[str, torch.Tensor] = {}
+        self.correlation = surrogates.CorrelationFit()
+        self.input_fit = surrogates.StaticFit()
+        if unit.is_layer:
+            self.leaves["weight"], self.leaves["weight_scale"] = surrogates.quantize_weight(unit.weight)
+            if unit.bias is not None:
+                self.leaves["bias"] = unit.bias
+            unit.options.setdefault("groups", 1)
+            if unit.kind == "conv2d":
+                unit.options["kernel_size"] = list(unit.weight.shape[1:3])
+        if self.strategy is Strategy.FIXED:
+            self.fit = surrogates.StaticFit()
+        elif self.fits_widths:
+            self.fit = surrogates.GaussianFit(unit.activation, unit.activation_min, unit.activation_max)
+        else:
+            self.fit = None
+
+    def _strategy(self, settings) -> Strategy:
+        if not self.unit.quantized_output:
+            return Strategy.NONE
+        if self.unit.kind in ("max_pool2d", "flatten"):  # their parameters pass through
+            return Strategy.NONE
+        if settings["strategy"] == "static":
+            return Strategy.FIXED
+        if settings["strategy"] == "dynamic":
+            return Strategy.DYNAMIC
+        channel = settings["granularity"] == "channel" and self.unit.is_layer
+        return Strategy.GAUSSIAN_CHANNEL if channel else Strategy.GAUSSIAN
+
+    @property
+    def fits_widths(self) -> bool:
+        """Whether alpha and beta are to be fitted: layers and adds with a predicted range."""
+        return self.strategy in (Strategy.GAUSSIAN, Strategy.GAUSSIAN_CHANNEL) and (self.unit.is_layer or self.unit.kind == "add")
+
+    def predictor_values(self, alpha: float, beta: float) -> torch.Tensor:
+        head = torch.tensor([alpha, beta, self.correlation.fit()], dtype=torch.float32)
+        if self.unit.kind == "add":
+            return head
+        weight = self.leaves["weight"].float() * self.leaves["weight_scale"].reshape(-1, *[1] * (self.unit.weight.dim() - 1))
+        return torch.cat([head, surrogates.weight_laws(weight, self.unit.bias, self.strategy is Strategy.GAUSSIAN_CHANNEL)])
+
+    def observe(self, values: dict[fx.Node, torch.Tensor], first: bool) -> None:
+        """Learns from the float values of one chunk of samples."""
+        unit = self.unit
+        y = values[unit.output]
+        if self.settings["strategy"] == "static" and unit.is_layer:
+            self.input_fit.update(values[unit.inputs[0]])
+        if self.strategy is Strategy.FIXED:
+            self.fit.update(y)
+        elif self.fits_widths:
+            residual = values[unit.residual] if unit.residual is not None else None
+            if first:  # rho must be known before the laws are; the first chunk has to do
+                if unit.kind == "add":
+                    self.correlation.update(*(values[i] for i in unit.inputs))
+                elif residual is not None:
+                    self.correlation.update(values[unit.anchor], residual)
+            for law, sample in zip(*self._laws(values, residual, y), strict=True):
+                self.fit.update(law, sample)
+
+    def _laws(self, values, residual, y) -> tuple[torch.Tensor, torch.Tensor]:
+        """(laws [samples, L, 2], outputs of the same samples)."""
+        unit = self.unit
+        if unit.kind == "add":
+            return self._add_laws(*(values[i] for i in unit.inputs)), y.reshape(y.shape[0], -1)
+        x, predictor = values[unit.inputs[0]].float(), self.predictor_values(1.0, 1.0)
+        options, channels = unit.options, unit.weight.shape[0]
+        if unit.kind == "linear":
+            x, y = surrogates.rows_as_image(x, unit.sample_dims), surrogates.rows_as_image(y, unit.sample_dims)
+            residual = None if residual is None else surrogates.rows_as_image(residual, unit.sample_dims)
+            keep = slice(None, None, max(1, len(x) // _CALIBRATION_TOKENS)) if unit.sample_dims > 1 else slice(None)
+            x, y, residual = x[keep], y[keep], None if residual is None else residual[keep]
+            options = {"kernel_size": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+        return surrogates.conv2d_law(x, channels, options, residual, self.strategy, predictor, self.settings["gamma"]), y
+
+    def _add_laws(self, a, b) -> torch.Tensor:
+        rho = self.correlation.fit()
+        (mean_a, var_a), (mean_b, var_b) = ((t.double().flatten(1).mean(1), t.double().flatten(1).var(1, unbiased=False)) for t in (a, b))
+        variance = (var_a + var_b + 2 * rho * (var_a * var_b).sqrt()).clamp(min=0)
+        return torch.stack([mean_a + mean_b, variance.sqrt()], 1)[:, None]
+
+    def finish(self) -> None:
+        criterion, coverage = self.settings["criterion"], self.settings["coverage"]
+        if self.strategy is Strategy.FIXED:
+            lo, hi = self.fit.fit(criterion, coverage)
+            self.leaves["fixed"] = surrogates.static_predictor(lo, hi)
+            self.predictor = {"lo": lo, "hi": hi}
+        elif self.fits_widths:
+            alpha, beta = self.fit.fit(criterion, coverage)
+            self.leaves["predictor"] = self.predictor_values(alpha, beta)
+            self.predictor = {"alpha": alpha, "beta": beta}
+            if self.unit.residual is not None or self.unit.kind == "add":
+                self.predictor["rho"] = self.correlation.fit()
+        if self.settings["strategy"] == "static" and self.unit.is_layer:
+            self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, coverage))
+
+
+def _calibrate(graph_module, plans: list[_Plan], example, batches, positional, progress: bool) -> None:
+    if all(plan.fit is None for plan in plans):
+        return
+    needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
+
+    class Observer(fx.Interpreter):
+        def __init__(self):
+            super().__init__(graph_module)
+            self.values = {}
+
+        def run_node(self, node):
+            result = super().run_node(node)
+            if node in needed:
+                self.values[node] = result
+            return result
+
+    def all_inputs():
+        yield example
+        for batch in batches:
+            yield _inputs(batch, positional)
+
+    first = True
+    with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
+        for inputs in all_inputs():
+            count = inputs[0].shape[0]
+            for begin in range(0, count, _CALIBRATION_CHUNK):
+                chunk = tuple(x[begin : begin + _CALIBRATION_CHUNK] if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == count else x for x in inputs)
+                observer = Observer()
+                observer.run(*chunk)
+                for plan in plans:
+                    plan.observe(observer.values, first)
+                first = False
+                bar.update(chunk[0].shape[0])
+    for plan in plans:
+        plan.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing the int8 graph
+
+
+class _Writer:
+    """Writes the int8 graph: units become probquant ops, everything else is copied; dequantize and quantize where they meet."""
+
+    def __init__(self, source: fx.GraphModule, units: list[Unit], plans: list[_Plan], settings: dict):
+        self.source, self.units, self.settings = source, units, settings
+        self.plans = {id(plan.unit): plan for plan in plans}
+        self.graph = fx.Graph()
+        self.graph._codegen = source.graph._codegen
+        self.float_nodes: dict[fx.Node, fx.Node] = {}
+        self.codes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.modules = nn.Module()
+        self.names = {id(plan.unit): f"{i:03d}_{plan.unit.name}".replace(".", "_").replace("#", "_") for i, plan in enumerate(plans)}
+
+    def write(self) -> QuantizedModel:
+        by_output = {unit.output: unit for unit in self.units if unit.int8}
+        inside = {node for unit in self.units if unit.int8 for node in unit.nodes}
+        for node in self.source.graph.nodes:
+            if node in by_output:
+                self.write_unit(self.plans[id(by_output[node])])
+            elif node not in inside:
+                self.copy(node)
+        self.source.add_module("int8_layers", self.modules)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return QuantizedModel(self.source, self.graph, self.modules, [self.layer_info(u) for u in self.units if u.is_layer or (u.int8 and u.kind != "flatten")], self.settings)
+
+    def copy(self, node: fx.Node) -> None:
+        if node.target is aten.sym_size.int and node.args[0] in self.codes:  # a size is a size, of codes too
+            self.float_nodes[node] = self.graph.call_function(node.target, (self.codes[node.args[0]][0], *node.args[1:]))
+        else:
+            self.float_nodes[node] = self.graph.node_copy(node, self.as_float)
+
+    def as_float(self, node: fx.Node) -> fx.Node:
+        if node not in self.float_nodes:
+            self.float_nodes[node] = self.call(ops.dequantize.default, *self.codes[node][:3])
+        return self.float_nodes[node]
+
+    def as_codes(self, node: fx.Node, plan: _Plan) -> tuple[fx.Node, ...]:
+        """(q, scale, zero_point, stats) of a float node's value; quantized here if nobody has it in 8 bits."""
+        if node in self.codes:
+            return self.codes[node]
+        dims = plan.unit.sample_dims
+        x = self.as_float(node)
+        if dims != 1 or len(shape_of(node)) != 4:
+            x = self.call(aten.contiguous.default, x)
+        given = ()
+        if self.settings["strategy"] == "static" and node.op != "placeholder":
+            fixed = plan.leaves["fixed_input"]
+            given = (self.tensor(plan, "input_scale", fixed[:1].clone()), self.tensor(plan, "input_zero_point", fixed[1:].to(torch.int32)))
+        self.codes[node] = self.unpack(self.call(ops.quantize.default, x, dims, *given))
+        return self.codes[node]
+
+    def call(self, target, *args, **kwargs) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def unpack(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return tuple(self.graph.call_function(operator.getitem, (node, i)) for i in range(4))
+
+    def tensor(self, plan: _Plan, leaf: str, value: torch.Tensor | None) -> fx.Node | None:
+        """A get_attr node for a tensor of the unit."""
+        if value is None:
+            return None
+        name = self.names[id(plan.unit)]
+        if not hasattr(self.modules, name):
+            weights = {k: v for k, v in plan.leaves.items() if k in ("weight", "weight_scale", "bias")}
+            self.modules.add_module(name, make_unit(weights, plan.unit.options["groups"] if plan.unit.is_layer else None))
+        module = getattr(self.modules, name)
+        if not hasattr(module, leaf):
+            module.register_buffer(leaf, value)
+        return self.graph.get_attr(f"int8_layers.{name}.{leaf}")
+
+    def write_unit(self, plan: _Plan) -> None:
+        unit = plan.unit
+        if unit.is_layer:
+            node = self.layer_node(plan)
+        else:
+            node = self.weightless_node(plan)
+        if node is None:  # flatten: the codes only change shape
+            return
+        node.meta["layer"] = unit.name
+        parts = self.unpack(node)
+        if unit.quantized_output:
+            if unit.options.get("flatten"):
+                parts = (self.call(aten.flatten.using_ints, parts[0], 1), *parts[1:])
+            self.codes[unit.output] = parts
+        else:
+            self.float_nodes[unit.output] = parts[0]
+
+    def activation(self, unit: Unit) -> dict:
+        result = {}
+        if unit.activation is not Activation.CLAMP:
+            result["activation"] = int(unit.activation)
+        if unit.activation_min is not None:
+            result["activation_min"] = unit.activation_min
+        if unit.activation_max is not None:
+            result["activation_max"] = unit.activation_max
+        return result
+
+    def range(self, plan: _Plan) -> dict:
+        leaf = "fixed" if plan.strategy is Strategy.FIXED else "predictor"
+        result = {"strategy": int(plan.strategy)}
+        predictor = self.tensor(plan, leaf, plan.leaves.get(leaf))
+        return result if predictor is None else {**result, "predictor": predictor}
+
+    def layer_node(self, plan: _Plan) -> fx.Node:
+        unit = plan.unit
+        x = self.as_codes(unit.inputs[0], plan)
+        residual = self.codes[unit.residual] if unit.residual is not None else ()
+        weight = self.tensor(plan, "packed_weight", plan.leaves["weight"])
+        channels = unit.weight.shape[0]
+        options = {**self.activation(unit), **self.range(plan)}
+        if plan.strategy in (Strategy.GAUSSIAN, Strategy.GAUSSIAN_CHANNEL):
+            options["gamma"] = self.settings["gamma"]
+        if unit.kind == "linear":
+            return self.call(ops.linear.default, *x, weight, channels, *residual, **options)
+        geometry = [unit.options[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
+        return self.call(ops.conv2d.default, *x, weight, channels, *geometry, *residual, **options)
+
+    def weightless_node(self, plan: _Plan) -> fx.Node | None:
+        unit, options = plan.unit, plan.unit.options
+        inputs = [self.codes[i] for i in unit.inputs]
+        x = inputs[0][:3]
+        if unit.kind == "flatten":
+            self.codes[unit.output] = (self.call(aten.flatten.using_ints, inputs[0][0], 1), *inputs[0][1:])
+            return None
+        if unit.kind == "add":
+            return self.call(ops.add.default, *inputs[0], *inputs[1], **self.activation(unit), **self.range(plan))
+        if unit.kind == "activation":
+            activation = self.activation(unit)
+            return self.call(ops.activation.default, *x, activation.pop("activation", 0), **activation, **self.range(plan))
+        if unit.kind == "concat":
+            return self.call(ops.concat.default, *([i[part] for i in inputs] for part in range(3)), **self.range(plan))
+        if unit.kind == "max_pool2d":
+            return self.call(ops.max_pool2d.default, *x, *(options[k] for k in ("kernel_size", "stride", "padding", "dilation")))
+        if unit.kind == "avg_pool2d":
+            geometry = (options[k] for k in ("kernel_size", "stride", "padding", "count_include_pad"))
+            return self.call(ops.avg_pool2d.default, *x, *geometry, **self.range(plan))
+        return self.call(ops.adaptive_avg_pool2d.default, *x, options["output_size"], **self.range(plan))
+
+    def layer_info(self, unit: Unit) -> LayerInfo:
+        plan = self.plans.get(id(unit))
+        if plan is None:
+            return LayerInfo(unit.name, unit.kind, False, unit.reason)
+        fused = []
+        if unit.residual is not None:
+            fused.append("add")
+        if unit.activation is not Activation.CLAMP:
+            fused.append(unit.activation.name.lower())
+        elif unit.activation_min is not None or unit.activation_max is not None:
+            bounds = (unit.activation_min, unit.activation_max)
+            fused.append({(0.0, None): "relu", (0.0, 6.0): "relu6"}.get(bounds, f"clamp{bounds}"))
+        strategy = "passes through" if unit.kind == "max_pool2d" else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
+        return LayerInfo(
+            unit.name, unit.kind, True, "", strategy, "image" if unit.sample_dims == 1 else "token", " + ".join(fused), unit.output.name, plan.predictor
+        )

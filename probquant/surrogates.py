@@ -1,0 +1,224 @@
+"""Calibration: fits what each layer's strategy needs from a few dozen samples.
+
+Everything streams: a layer keeps one table whose size does not depend on the number of samples, so calibration data of
+any length fits in memory, and the result depends on the samples alone, not on how they are batched.
+
+The laws come from torch.ops.probquant.surrogate_law, the code that predicts at run time; only alpha and beta, the widths
+of the predicted range, and rho, the correlation of a residual, are fitted here (csrc/NUMERICS.md, "Prediction").
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ._ops import Activation, Strategy, ops
+
+#: Candidates for alpha and beta: 0.5 to 32 standard deviations, 12 % apart.
+WIDTHS = tuple(0.5 * 64 ** (i / 36) for i in range(37))
+_BINS = 2048
+
+CRITERIA = ("mse", "coverage", "minmax")
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 weight in [-127, 127] and its float32 scale per output channel (dim 0)."""
+    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())))
+    scale = torch.where(largest > 0, largest / 127.0, torch.ones_like(largest))
+    codes = torch.round(weight / scale.reshape(-1, *[1] * (weight.dim() - 1))).clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def weight_laws(weight: torch.Tensor, bias: torch.Tensor | None, per_channel: bool) -> torch.Tensor:
+    """The law part of a gaussian predictor: [mean_w, var_w, mean_b, var_b], or mean_w[O], var_w[O], bias[O] per channel.
+
+    `weight` is what the kernel multiplies with, that is the dequantized int8 weight.
+    """
+    w = weight.double().reshape(weight.shape[0], -1)
+    b = torch.zeros(w.shape[0], dtype=torch.float64) if bias is None else bias.double()
+    if per_channel:
+        parts = [w.mean(1), w.var(1, unbiased=False), b]
+    else:
+        parts = [w.mean()[None], w.var(unbiased=False)[None], b.mean()[None], b.var(unbiased=False)[None]]
+    return torch.cat(parts).float()
+
+
+def _activation_image(lo, hi, activation: Activation, minimum, maximum):
+    """Image of [lo, hi] under an activation: what core/numerics.h's activation_range does, on float64 tensors."""
+    if activation is Activation.CLAMP:
+        return (bound.clamp(minimum, maximum) if (minimum, maximum) != (None, None) else bound for bound in (lo, hi))
+    function, argmin = {
+        Activation.SILU: (torch.nn.functional.silu, -1.2784645),
+        Activation.GELU: (torch.nn.functional.gelu, -0.7517916),
+        Activation.HARDSWISH: (torch.nn.functional.hardswish, -1.5),
+        Activation.SIGMOID: (torch.sigmoid, None),
+    }[activation]
+    at_lo, at_hi = function(lo), function(hi)
+    image_lo = torch.minimum(at_lo, at_hi)
+    if argmin is not None:
+        dips = (lo < argmin) & (hi > argmin)
+        image_lo = torch.where(dips, function(torch.full_like(lo, argmin)), image_lo)
+    return image_lo, torch.maximum(at_lo, at_hi)
+
+
+class _Distribution:
+    """Cumulative histogram of a sample's values: how many lie beyond a bound, and how much squared error clipping there costs."""
+
+    def __init__(self, counts: torch.Tensor, low: float, high: float):
+        self.low, self.width = low, max(high - low, 1e-30) / len(counts)
+        centres = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * self.width
+        self.moments = torch.cat([torch.zeros(3, 1, dtype=torch.float64), torch.stack([counts, counts * centres, counts * centres**2]).cumsum(1)], 1)
+
+    def below(self, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(count, squared error) of the values below each bound when they are clipped to it."""
+        edge = ((bound - self.low) / self.width).floor().clamp(0, self.moments.shape[1] - 1).long()
+        count, total, squares = self.moments[:, edge]
+        return count, (squares - 2 * bound * total + bound**2 * count).clamp(min=0)
+
+    def above(self, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        edge = ((bound - self.low) / self.width).ceil().clamp(0, self.moments.shape[1] - 1).long()
+        count, total, squares = self.moments[:, -1:].reshape(3, *[1] * bound.dim()) - self.moments[:, edge]
+        return count, (squares - 2 * bound * total + bound**2 * count).clamp(min=0)
+
+
+def _distribution(y: torch.Tensor) -> _Distribution:
+    low, high = float(y.min()), float(y.max())
+    counts = torch.histc(y.float(), bins=_BINS, min=low, max=high if high > low else low + 1e-6).double()
+    return _Distribution(counts, low, high)
+
+
+def _quantization_error(distribution: _Distribution, occupied: float, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(squared error, clipped values) for each range, widened to hold 0. `occupied` values are not exactly 0."""
+    lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+    clipped_low, error_low = distribution.below(lo)
+    clipped_high, error_high = distribution.above(hi)
+    rounding = ((hi - lo) / 255.0) ** 2 / 12.0 * occupied
+    return rounding + error_low + error_high, clipped_low + clipped_high
+
+
+class GaussianFit:
+    """Fits alpha and beta of one layer: the pair with the least quantization error, or the tightest that covers enough.
+
+    Keeps the error and the clipped count of every candidate pair, summed over the samples; each sample's error is divided
+    by its power, so that dark images count as much as bright ones.
+    """
+
+    def __init__(self, activation: Activation, minimum: float | None, maximum: float | None):
+        self.activation, self.minimum, self.maximum = activation, minimum, maximum
+        widths = torch.tensor(WIDTHS, dtype=torch.float64)
+        self.widths = widths
+        self.error = torch.zeros(len(widths), len(widths), dtype=torch.float64)
+        self.clipped = torch.zeros_like(self.error)
+        self.values = 0
+
+    def update(self, law: torch.Tensor, y: torch.Tensor) -> None:
+        """One sample: its law [L, 2] (mean, standard deviation), and its finished float output."""
+        if not bool(torch.isfinite(law).all()) or y.numel() == 0:
+            return
+        mean, sigma = law.double().unbind(1)
+        lo = (mean[:, None] - sigma[:, None] * self.widths).amin(0)
+        hi = (mean[:, None] + sigma[:, None] * self.widths).amax(0)
+        lo, hi = torch.broadcast_tensors(lo[:, None], hi[None, :])
+        lo, hi = _activation_image(lo, hi, self.activation, self.minimum, self.maximum)
+        y = y.reshape(-1)
+        power = float(y.double().pow(2).sum())
+        error, clipped = _quantization_error(_distribution(y), float((y != 0).sum()), lo, hi)
+        self.error += error / max(power, 1e-30)
+        self.clipped += clipped
+        self.values += y.numel()
+
+    def fit(self, criterion: str, coverage: float) -> tuple[float, float]:
+        """(alpha, beta). `coverage` is the share of values that must not be clipped (criterion "coverage")."""
+        if self.values == 0:
+            return 8.0, 8.0
+        if criterion == "mse":
+            score = self.error
+        else:
+            allowed = 0.0 if criterion == "minmax" else (1.0 - coverage) * self.values
+            width = self.widths[:, None] + self.widths[None, :]
+            fits = self.clipped <= allowed
+            score = torch.where(fits, width, width + 1e6 * (1 + self.clipped))
+        best = int(score.argmin())
+        return float(self.widths[best // len(self.widths)]), float(self.widths[best % len(self.widths)])
+
+
+class StaticFit:
+    """Fits one fixed range: a streaming histogram over [-limit, limit] whose limit doubles when a value lies outside."""
+
+    def __init__(self):
+        self.limit = 2.0**-20
+        self.counts = torch.zeros(2 * _BINS, dtype=torch.float64)
+        self.low, self.high, self.values, self.occupied = math.inf, -math.inf, 0, 0
+
+    def update(self, y: torch.Tensor) -> None:
+        y = y.reshape(-1).float()
+        if y.numel() == 0 or not bool(torch.isfinite(y).all()):
+            return
+        low, high = float(y.min()), float(y.max())
+        while max(-low, high) > self.limit:
+            pairs = self.counts.reshape(-1, 2).sum(1)
+            quarter = torch.zeros(_BINS // 2, dtype=torch.float64)
+            self.counts, self.limit = torch.cat([quarter, pairs, quarter]), self.limit * 2
+        self.counts += torch.histc(y, bins=2 * _BINS, min=-self.limit, max=self.limit).double()
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.values += y.numel()
+        self.occupied += int((y != 0).sum())
+
+    def fit(self, criterion: str, coverage: float) -> tuple[float, float]:
+        """(lo, hi) of the range."""
+        if self.values == 0:
+            return -1.0, 1.0
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        if criterion == "minmax":
+            return low, high
+        shares = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
+        lo, hi = torch.broadcast_tensors((low * shares)[:, None], (high * shares)[None, :])
+        error, clipped = _quantization_error(_Distribution(self.counts, -self.limit, self.limit), self.occupied, lo, hi)
+        if criterion == "mse":
+            score = error
+        else:
+            width = hi - lo
+            score = torch.where(clipped <= (1.0 - coverage) * self.values, width, (1 + clipped) * (high - low + 1))
+        best = int(score.argmin())
+        return float(lo.reshape(-1)[best]), float(hi.reshape(-1)[best])
+
+
+def static_predictor(lo: float, hi: float) -> torch.Tensor:
+    """[scale, zero_point] of a fixed range."""
+    scale = max((max(hi, 0.0) - min(lo, 0.0)) / 255.0, 2.0**-60)
+    return torch.tensor([scale, min(max(round(-min(lo, 0.0) / scale), 0), 255)], dtype=torch.float32)
+
+
+class CorrelationFit:
+    """Correlation of a layer's own output with the residual that is added to it."""
+
+    def __init__(self):
+        self.sums = [0.0] * 3
+
+    def update(self, y: torch.Tensor, residual: torch.Tensor) -> None:
+        y, residual = y.double().flatten(1), residual.double().flatten(1)
+        y, residual = y - y.mean(1, keepdim=True), residual - residual.mean(1, keepdim=True)
+        for i, product in enumerate((y * residual, y * y, residual * residual)):
+            self.sums[i] += float(product.sum())
+
+    def fit(self) -> float:
+        covariance, a, b = self.sums
+        return max(-1.0, min(1.0, covariance / math.sqrt(a * b))) if a > 0 and b > 0 else 0.0
+
+
+def conv2d_law(x: torch.Tensor, out_channels: int, options: dict, residual, strategy: Strategy, predictor: torch.Tensor, gamma: int) -> torch.Tensor:
+    """Laws [N, L, 2] of a convolution whose float input is `x` [N, C, H, W]; `residual` is float or None."""
+    codes = ops.quantize(x)
+    residual_codes = ops.quantize(residual.to(memory_format=torch.channels_last)) if residual is not None else (None,) * 4
+    kernel = options["kernel_size"]
+    return ops.surrogate_law(
+        *codes, out_channels, kernel, options["stride"], options["padding"], options["dilation"], options["groups"], *residual_codes,
+        strategy=strategy, predictor=predictor, gamma=gamma,
+    )  # fmt: skip
+
+
+def rows_as_image(x: torch.Tensor, sample_dims: int) -> torch.Tensor:
+    """[samples..., rows..., K] as the image [samples, K, 1, rows] that a linear layer's law is taken of."""
+    samples = math.prod(x.shape[:sample_dims])
+    return x.reshape(samples, -1, x.shape[-1]).permute(0, 2, 1).unsqueeze(2)
