@@ -4,7 +4,11 @@ Implements "A probabilistic framework for dynamic quantization" (arXiv 2505.1068
 `quantize` turns a float model into an int8 one; `compare` shows what that gains and costs.
 """
 
-from pathlib import Path
+from . import _native_folder
+
+_folder = _native_folder.find()
+if str(_folder) not in __path__:
+    __path__.append(str(_folder))
 
 from ._native import build_info, cpu_info
 from ._ops import Activation, Strategy, ops
@@ -14,7 +18,7 @@ from .quantize import capture, quantize
 __version__ = build_info()["version"]
 
 #: For C++ projects: -DCMAKE_PREFIX_PATH=$(python -c "import probquant; print(probquant.cmake_prefix_path)")
-cmake_prefix_path = str(Path(__file__).parent / "lib" / "cmake")
+cmake_prefix_path = str(_folder / "lib" / "cmake")
 
 __all__ = [
     "Activation",

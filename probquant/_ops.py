@@ -13,7 +13,7 @@ import torch
 
 from . import _native
 
-torch.ops.load_library(str(Path(__file__).parent / "_torch_ops.so"))
+torch.ops.load_library(str(Path(_native.__file__).parent / "_torch_ops.so"))
 ops = torch.ops.probquant
 
 

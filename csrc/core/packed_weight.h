@@ -29,6 +29,7 @@ inline constexpr int64_t kMaxRowSegmentBytes = 400;
 struct PackedLayout {
   bool depthwise;
   int64_t out_channels, groups, taps, inputs;  ///< inputs per group
+  int64_t kernel_width, column_steps;          ///< column_steps: 64-byte steps per kernel column of a depthwise stream
   int64_t group_channels;                      ///< output channels per group of blocks: O / groups, or O when depthwise
   int64_t group_blocks;                        ///< blocks per such group
   int64_t segment_taps;                        ///< taps per segment: 1, or the kernel's width
@@ -44,12 +45,14 @@ struct PackedLayout {
         groups(s.groups),
         taps(s.kernel_height * s.kernel_width),
         inputs(s.in_channels_per_group),
+        kernel_width(s.kernel_width),
+        column_steps((s.kernel_height + 3) / 4),
         group_channels(depthwise ? s.out_channels : s.out_channels / s.groups),
         group_blocks((group_channels + kBlockChannels - 1) / kBlockChannels),
         segment_taps(joins_rows(s) ? s.kernel_width : 1),
         segment_steps((segment_taps * inputs + 3) / 4),
         segments(depthwise ? 0 : taps / segment_taps),
-        steps(depthwise ? (taps + 3) / 4 : segments * segment_steps),
+        steps(depthwise ? kernel_width * column_steps : segments * segment_steps),
         sums_offset(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes),
         block_bytes(sums_offset + (segments > 1 ? segments * kStreamBytes : 0)) {}
 
@@ -63,8 +66,8 @@ struct PackedLayout {
   int64_t lane(int64_t o) const { return (o % group_channels) % kBlockChannels; }
   /// Byte offset in a block of the weight at (lane, tap, input).
   int64_t weight_offset(int64_t lane, int64_t tap, int64_t input) const {
-    const int64_t at = depthwise ? tap : tap % segment_taps * inputs + input;
-    const int64_t step = (depthwise ? 0 : tap / segment_taps * segment_steps) + at / 4;
+    const int64_t at = depthwise ? tap / kernel_width : tap % segment_taps * inputs + input;
+    const int64_t step = (depthwise ? tap % kernel_width * column_steps : tap / segment_taps * segment_steps) + at / 4;
     return static_cast<int64_t>(sizeof(BlockHeader)) + step * kStreamBytes + lane * 4 + at % 4;
   }
 

@@ -89,6 +89,9 @@ struct Rounding {
 // ---------------------------------------------------------------------------------------------------------------------
 // Moments
 
+/// atomic_add of kernels.h, with internal linkage.
+inline void add_to(int64_t* counter, int64_t value) { __atomic_fetch_add(counter, value, __ATOMIC_RELAXED); }
+
 /// Running sums of codes, 64 at a time: sum q, and sum q (q - 128), whose second factor fits vpdpbusd's signed side.
 /// A lane grows by at most 4 * 255 * 127 per vector: flush before kFlushAfter vectors.
 struct CodeSums {
@@ -112,6 +115,31 @@ struct CodeSums {
     sum = product = _mm512_setzero_si512();
   }
 };
+
+/// Adds the moments of every channel of codes [rows, channels] with `stride` codes from row to row.
+inline void add_channel_moments(const uint8_t* q, int64_t rows, int64_t channels, int64_t stride, int64_t* sums, int64_t* squares) {
+  constexpr int64_t kRows = 32768;  // 255^2 each stay below 2^32
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    const int64_t count = rows - begin < kRows ? rows - begin : kRows;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const __mmask16 mask = first_lanes16(channels - c);
+      const uint8_t* from = q + begin * stride + c;
+      __m512i s = _mm512_setzero_si512(), ss = s;
+      for (int64_t i = 0; i < count; ++i) {
+        const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i * stride));
+        s = _mm512_add_epi32(s, v);
+        ss = _mm512_add_epi32(ss, _mm512_madd_epi16(v, v));
+      }
+      alignas(64) uint32_t sum[16], square[16];
+      _mm512_store_si512(sum, s);
+      _mm512_store_si512(square, ss);
+      for (int64_t i = 0; i < 16 && c + i < channels; ++i) {
+        add_to(sums + c + i, sum[i]);
+        add_to(squares + c + i, square[i]);
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace probquant

@@ -1,0 +1,13 @@
+// The AVX-512 VNNI entries of the kernel table.
+#include "../kernels.h"
+
+namespace probquant {
+
+void install_depthwise_avx512vnni(Kernels& table);
+
+void install_avx512vnni(Kernels& table) {
+  table.name = "avx512vnni";
+  install_depthwise_avx512vnni(table);
+}
+
+}  // namespace probquant
