@@ -57,7 +57,13 @@ def demo(args: argparse.Namespace) -> int:
     ]
     print("\n".join(about), flush=True)
     result = run_demo(
-        calibration, evaluation, batch_size=args.batch_size, severity=args.severity, progress=args.progress, **_options(args)
+        calibration,
+        evaluation,
+        batch_size=args.batch_size,
+        severity=args.severity,
+        rounds=args.rounds,
+        progress=args.progress,
+        **_options(args),
     )
     return _report(args, result, "probquant demo: EfficientNet-lite0", about, start)
 
@@ -93,7 +99,7 @@ def compare_command(args: argparse.Namespace) -> int:
     print(about[0], flush=True)
     batches = (prepare.normalize(pixels) for pixels in images.batches(prepare, args.batch_size))
     labels = images.labels if images.labelled else None
-    result = compare(model, qmodels, batches, labels, progress=args.progress)
+    result = compare(model, qmodels, batches, labels, rounds=args.rounds, progress=args.progress)
     if args.layers:
         print(result.layer_table() + "\n")
     return _report(args, result, f"probquant: {args.model}", about, start)
@@ -220,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--images", metavar="DIR", help="images to evaluate on (default: the 20 that come with foolbox)")
     sub.add_argument("--calibration", metavar="DIR", help="images to calibrate on (default: from installed packages)")
-    sub.add_argument("--limit", type=_count, metavar="N", help="evaluate on at most N images, drawn at random but always the same")
+    sub.add_argument("--limit", type=_count, metavar="N", help="evaluate on at most N images, always the same random ones")
     sub.add_argument("--severity", type=int, choices=range(1, 6), default=3, help="of the shifts, as in ImageNet-C")
     _run_arguments(sub)
     _quantize_arguments(sub)
@@ -236,7 +242,8 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     _model_arguments(sub)
-    sub.add_argument("--strategy", choices=["probabilistic", "static", "dynamic"], default="probabilistic", help="where scales come from")
+    strategies = ["probabilistic", "static", "dynamic"]
+    sub.add_argument("--strategy", choices=strategies, default="probabilistic", help="where scales come from")
     sub.add_argument("--out", metavar="FILE", help="where to save the quantized model (.safetensors)")
     sub.add_argument("--images", metavar="DIR", help="images to calibrate on (default: photographs from scikit-image)")
     sub.add_argument("--limit", type=_count, metavar="N", default=128, help="calibrate on at most N images")
@@ -285,14 +292,15 @@ def _run_arguments(sub) -> None:
 def _quantize_arguments(sub) -> None:
     group = sub.add_argument_group("quantization")
     group.add_argument("--surrogate", default="gaussian", choices=["gaussian"], help="how ranges are predicted")
-    group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law for the weights, or one per output channel")
-    group.add_argument("--gamma", type=int, default=4, help="sampling stride of the prediction, in each direction; 0: moments of the whole input only")
+    group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law per layer or channel")
+    group.add_argument("--gamma", type=int, default=4, help="sampling stride of the prediction; 0: the input's moments alone")
     group.add_argument("--criterion", default="mse", choices=["mse", "coverage", "minmax"], help="what calibration optimises")
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")
     group.add_argument("--exclude", nargs="+", metavar="LAYER", help="these layers stay float")
 
 
 def _report_arguments(sub, html: str | None) -> None:
+    sub.add_argument("--rounds", type=_count, default=15, metavar="N", help="calls of every model to measure its latency")
     sub.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
     sub.add_argument("--html", metavar="FILE", default=html, help="write a self-contained page with plots")
 

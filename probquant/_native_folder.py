@@ -11,12 +11,9 @@ from pathlib import Path
 def find() -> Path:
     """Folder of `_native` and `_torch_ops.so`. Raises ImportError where the package was never built."""
     here = Path(__file__).parent
-    candidates = [here]
-    try:
-        candidates.append(Path(str(importlib.metadata.distribution("probquant").locate_file("probquant"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    for folder in candidates:
+    # More than one may answer to the name: a build leaves its egg-info in the checkout.
+    installed = [Path(str(d.locate_file("probquant"))) for d in importlib.metadata.distributions(name="probquant")]
+    for folder in (here, *installed):
         if (folder / "_torch_ops.so").exists():
             return folder
     raise ImportError(f"probquant's native code is not built: run `pip install .` in {here.parent}")

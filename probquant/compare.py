@@ -65,18 +65,18 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
 
 
 def latency(models: dict[str, nn.Module], inputs: Sequence[Tensor], rounds: int = 15) -> dict[str, tuple[float, float]]:
-    """Milliseconds per image of each model: (median, minimum) over ``rounds``, after two calls to warm up.
+    """Milliseconds per image of each model: (median, minimum) over ``rounds``, after one call to warm up.
 
     Each round times every model once, so that a slow moment of the machine hits all of them; inputs are [N, ...].
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for turn in range(rounds + 2):
+        for _ in range(rounds + 1):
             for name, model in models.items():
                 start = time.perf_counter()
                 model(*inputs)
                 times[name].append(1e3 * (time.perf_counter() - start) / len(inputs[0]))
-    return {name: (statistics.median(all_[2:]), min(all_[2:])) for name, all_ in times.items()}
+    return {name: (statistics.median(taken[1:]), min(taken[1:])) for name, taken in times.items()}
 
 
 @dataclass

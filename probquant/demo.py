@@ -64,12 +64,14 @@ def run_demo(
     severity: int = 3,
     strategies: Sequence[str] = STRATEGIES,
     shifts: Sequence[str] = SHIFTS,
+    rounds: int = 15,
     progress: bool = True,
     **options,
 ) -> Comparison:
     """Quantize EfficientNet-lite0 with every strategy and compare them on every shift of the evaluation images.
 
-    severity: 1..5, of the shifts (:mod:`probquant.corruptions`). options: passed on to :func:`probquant.quantize`.
+    severity: 1..5, of the shifts (:mod:`probquant.corruptions`). rounds: calls of each model to measure its latency.
+    options: passed on to :func:`probquant.quantize`.
     """
     prepare = EFFICIENTNET_LITE0
     model = efficientnet_lite0()
@@ -83,5 +85,5 @@ def run_demo(
         return (prepare.normalize(corrupt(batch, kind, severity)) for batch in pixels)
 
     return Comparison.joined(
-        compare(model, qmodels, shifted(kind), labels, shift=kind, progress=progress) for kind in shifts
+        compare(model, qmodels, shifted(kind), labels, shift=kind, rounds=rounds, progress=progress) for kind in shifts
     )

@@ -35,6 +35,7 @@ def quantize(
     gamma: int = 4,
     criterion: str = "mse",
     coverage: float = 0.9999,
+    bias_correction: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
@@ -51,6 +52,7 @@ def quantize(
         layer before has already summed.
     criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
     coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
+    bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
 
     Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
@@ -82,6 +84,7 @@ def quantize(
 
     settings = {
         "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
+        "bias_correction": bool(bias_correction),
     }  # fmt: skip
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
     _calibrate(graph_module, plans, example, batches, positional, progress)
@@ -191,6 +194,9 @@ class _Plan:
             unit.options.setdefault("groups", 1)
             if unit.kind == "conv2d":
                 unit.options["kernel_size"] = list(unit.weight.shape[1:3])
+        self.bias_fit = None
+        if unit.is_layer and settings["bias_correction"]:
+            self.bias_fit = surrogates.BiasFit(unit.weight, self.leaves["weight"], self.leaves["weight_scale"], unit.options)
         if self.strategy is Strategy.FIXED:
             self.fit = surrogates.StaticFit()
         elif self.fits_widths:
@@ -220,12 +226,14 @@ class _Plan:
         if self.unit.kind == "add":
             return head
         weight = self.leaves["weight"].float() * self.leaves["weight_scale"].reshape(-1, *[1] * (self.unit.weight.dim() - 1))
-        return torch.cat([head, surrogates.weight_laws(weight, self.unit.bias, self.strategy is Strategy.GAUSSIAN_CHANNEL)])
+        return torch.cat([head, surrogates.weight_laws(weight, self.leaves.get("bias"), self.strategy is Strategy.GAUSSIAN_CHANNEL)])
 
     def observe(self, values: dict[fx.Node, torch.Tensor], first: bool) -> None:
         """Learns from the float values of one chunk of samples."""
         unit = self.unit
         y = values[unit.output]
+        if self.bias_fit is not None:
+            self.bias_fit.update(values[unit.inputs[0]].float())
         if self.settings["strategy"] == "static" and unit.is_layer:
             self.input_fit.update(values[unit.inputs[0]])
         if self.strategy is Strategy.FIXED:
@@ -263,6 +271,9 @@ class _Plan:
 
     def finish(self) -> None:
         criterion, coverage = self.settings["criterion"], self.settings["coverage"]
+        if self.bias_fit is not None:
+            correction = self.bias_fit.fit()
+            self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
         if self.strategy is Strategy.FIXED:
             lo, hi = self.fit.fit(criterion, coverage)
             self.leaves["fixed"] = surrogates.static_predictor(lo, hi)
@@ -278,7 +289,7 @@ class _Plan:
 
 
 def _calibrate(graph_module, plans: list[_Plan], example, batches, positional, progress: bool) -> None:
-    if all(plan.fit is None for plan in plans):
+    if all(plan.fit is None and plan.bias_fit is None for plan in plans):
         return
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 

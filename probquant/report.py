@@ -99,14 +99,20 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
     layers = {layer: row["kind"] for name in strategies for layer, row in rows[name].items()}
     if not layers:
         return "<p>No layers were compared.</p>"
-    figure, axes = _subplots(1, 1, 4.2)
+    figure, (axes, difference) = _subplots(2, 1, 6)
+    mean, worst = (
+        {name: [_or_nan(rows[name].get(layer, {}).get(key)) for layer in layers] for name in strategies}
+        for key in ("sqnr_mean", "sqnr_worst1")
+    )
     for name in strategies:
-        for key, style in (("sqnr_mean", {"lw": 1.6, "label": name}), ("sqnr_worst1", {"lw": 0.9, "ls": ":"})):
-            values = [rows[name].get(layer, {}).get(key) for layer in layers]
-            axes.plot([math.nan if v is None else v for v in values], color=colours[name], **style)
-    axes.set(ylabel="SQNR [dB]", xlim=(-0.5, len(layers) - 0.5))
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6 if len(layers) > 40 else 8)
-    axes.grid(axis="y", alpha=0.3)
+        axes.plot(mean[name], color=colours[name], lw=1.6, label=name)
+        axes.plot(worst[name], color=colours[name], lw=0.9, ls=":")
+        difference.plot([a - b for a, b in zip(mean[name], mean[strategies[0]])], color=colours[name], lw=1.6)
+    for panel, label in ((axes, "SQNR [dB]"), (difference, f"above {strategies[0]} [dB]")):
+        panel.set(ylabel=label, xlim=(-0.5, len(layers) - 0.5))
+        panel.grid(axis="y", alpha=0.3)
+    axes.set_xticks([])
+    difference.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6 if len(layers) > 40 else 8)
     _legend_above(axes)
 
     groups = "".join(f"<th colspan={len(strategies)}>{text}</th>" for text in ("SQNR mean", "worst 1 %", "clipped"))
@@ -115,7 +121,10 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
         told = [layer_cells(rows[name][layer]) if layer in rows[name] else ["-"] * 3 for name in strategies]
         values = "".join(f"<td>{cell}</td>" for column in zip(*told) for cell in column)
         lines.append(f'<tr><td class="name">{html.escape(layer)}</td><td class="name">{html.escape(kind)}</td>{values}</tr>')
-    caption = f"{shift} images. Solid: mean over the images; dotted: worst 1 %."
+    caption = (
+        f"{shift} images. Above: mean over the images (solid) and worst 1 % (dotted); below: the mean against {strategies[0]}'s. "
+        "A layer's error holds what the layers before it have added."
+    )
     return (
         _figure(_svg(figure), caption)
         + f"<details><summary>Table of the layers, {html.escape(shift)} images</summary>{_table(lines)}</details>"
@@ -130,7 +139,7 @@ def _bars(comparison: Comparison, strategies: list[str], shifts: list[str], colo
         width = 0.8 / len(told)
         for i, name in enumerate(told):
             values = [rows[name, shift][key] for shift in shifts]
-            heights = [math.nan if v is None else 100 * v for v in values]
+            heights = [100 * _or_nan(value) for value in values]
             at = [x + (i - (len(told) - 1) / 2) * width for x in range(len(shifts))]
             panel.bar(at, heights, width * 0.92, color=colours[name], label=name)
         panel.set_xticks(range(len(shifts)), shifts)
@@ -193,9 +202,13 @@ def _subplots(rows: int, columns: int, height: float):
 
     figure = Figure(figsize=(10.5, height), layout="constrained")
     axes = figure.subplots(rows, columns)
-    for panel in axes.flat if rows * columns > 1 else [axes]:
+    for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _legend_above(axes) -> None:

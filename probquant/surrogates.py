@@ -207,6 +207,37 @@ class CorrelationFit:
         return max(-1.0, min(1.0, covariance / math.sqrt(a * b))) if a > 0 and b > 0 else 0.0
 
 
+class BiasFit:
+    """Bias correction: the mean error per output channel that rounding a layer's weights makes, to be added to its bias.
+
+    A layer is linear in its weights, so the error is the layer's output with the weights' rounding errors in their place.
+    Rounding errors do not average out over channels whose input has a mean (any input behind a ReLU).
+    """
+
+    def __init__(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, options: dict):
+        """weight float32 and codes int8 [O, kh, kw, I / groups] or [O, K], scale float32 [O]; options of a conv2d unit."""
+        rounding = weight - codes.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+        self.rounding = rounding.permute(0, 3, 1, 2).contiguous() if weight.dim() == 4 else rounding
+        self.options = options
+        self.total, self.count = torch.zeros(len(weight), dtype=torch.float64), 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """x: the layer's float input."""
+        if self.rounding.dim() == 4:
+            top, bottom, left, right = self.options["padding"]
+            x = torch.nn.functional.pad(x, (left, right, top, bottom))
+            stride, dilation, groups = (self.options[name] for name in ("stride", "dilation", "groups"))
+            error = torch.nn.functional.conv2d(x, self.rounding, None, stride, 0, dilation, groups).transpose(0, 1).flatten(1)
+        else:
+            error = torch.nn.functional.linear(x.flatten(0, -2), self.rounding).t()
+        self.total += error.double().sum(1)
+        self.count += error.shape[1]
+
+    def fit(self) -> torch.Tensor:
+        """float32 [O]"""
+        return (self.total / max(self.count, 1)).float()
+
+
 def conv2d_law(x: torch.Tensor, out_channels: int, options: dict, residual, strategy: Strategy, predictor: torch.Tensor, gamma: int) -> torch.Tensor:
     """Laws [N, L, 2] of a convolution whose float input is `x` [N, C, H, W]; `residual` is float or None."""
     codes = ops.quantize(x)

@@ -12,6 +12,8 @@
 #pragma once
 #include "kernels.h"
 
+#include <cstddef>
+
 namespace probquant {
 namespace {
 
@@ -66,8 +68,11 @@ struct TileInput {
   int64_t row_step;
   const uint8_t* weights;      ///< stream of the panel's first block
   int64_t block_bytes;
-  const int32_t* start;        ///< accumulators before the first segment, [blocks * 16] per row
-  int64_t start_step;          ///< 0: the same for all rows
+  const uint8_t* weight_sums;  ///< of the segments that the tile meets, int32 [16] per block
+  int64_t sums_step;           ///< bytes from block to block
+  const int32_t* zero_points;  ///< of x: accumulators start at -zero point * sum
+  bool one_zero_point;         ///< it is the same for all rows
+  const int32_t* partial;      ///< where the accumulators stand, [blocks * 16] per row, after the first call
 };
 
 class DenseDriver {
@@ -124,6 +129,7 @@ class DenseDriver {
     in.weights = panel.block + sizeof(BlockHeader);
     in.block_bytes = layout.block_bytes;
     set_start(tile, panel, in);
+    in.partial = nullptr;
     const bool direct = tile.pure && !reads_past_end(tile);
     in.rows = direct ? tile.x : table;
     in.row_step = direct ? 0 : kTileRows;
@@ -132,8 +138,7 @@ class DenseDriver {
     do {
       more = direct ? next_segments(tile, at, in.segment_count) : next_table(tile, at, in.segment_count);
       compute(in, !more);
-      in.start = partial;
-      in.start_step = panel.blocks * kBlockChannels;
+      in.partial = partial;
     } while (more);
   }
 
@@ -355,31 +360,26 @@ class DenseDriver {
     return copy;
   }
 
-  /// Accumulators start at -zero point * sum of the weights that the tile will meet.
+  /// Sums of the weights that the tile will meet, and the zero points that they correct.
   void set_start(const Tile& tile, const Panel& panel, TileInput& in) {
-    alignas(64) int32_t sums[kPanelBlocks * kBlockChannels];
+    in.zero_points = zero_points;
+    in.one_zero_point = tile.one_sample;
+    for (int i = 0; i < (tile.one_sample ? 1 : tile.rows); ++i) zero_points[i] = p.samples[tile.sample[i]].x_zero_point;
     const Box& b = tile.box;
-    const bool all = b.ky1 - b.ky0 == s.kernel_height && b.kx1 - b.kx0 == s.kernel_width;
+    if (b.ky1 - b.ky0 == s.kernel_height && b.kx1 - b.kx0 == s.kernel_width) {
+      in.weight_sums = panel.block + offsetof(BlockHeader, weight_sum);
+      in.sums_step = layout.block_bytes;
+      return;
+    }
+    in.weight_sums = reinterpret_cast<const uint8_t*>(box_sums);
+    in.sums_step = kBlockChannels * 4;
     for (int64_t j = 0; j < panel.blocks; ++j) {
-      const uint8_t* block = panel.block + j * layout.block_bytes;
-      int32_t* to = sums + j * kBlockChannels;
-      if (all) {
-        const auto* weight_sum = reinterpret_cast<const BlockHeader*>(block)->weight_sum;
-        for (int64_t c = 0; c < kBlockChannels; ++c) to[c] = weight_sum[c];
-        continue;
-      }
+      const auto* sums = reinterpret_cast<const int32_t*>(panel.block + j * layout.block_bytes + layout.sums_offset);
+      int32_t* to = box_sums + j * kBlockChannels;
       for (int64_t c = 0; c < kBlockChannels; ++c) to[c] = 0;
-      const auto* segment_sums = reinterpret_cast<const int32_t*>(block + layout.sums_offset);
       for (int64_t ky = b.ky0; ky < b.ky1; ++ky)
         for (int64_t kx = b.kx0; kx < b.kx1; kx += layout.segment_taps)
-          for (int64_t c = 0; c < kBlockChannels; ++c) to[c] += segment_sums[packed_segment(ky, kx) * kBlockChannels + c];
-    }
-    const int64_t lanes = panel.blocks * kBlockChannels;
-    in.start = start;
-    in.start_step = tile.one_sample ? 0 : lanes;
-    for (int i = 0; i < (tile.one_sample ? 1 : tile.rows); ++i) {
-      const int32_t zero_point = -p.samples[tile.sample[i]].x_zero_point;
-      for (int64_t c = 0; c < lanes; ++c) start[i * lanes + c] = zero_point * sums[c];
+          for (int64_t c = 0; c < kBlockChannels; ++c) to[c] += sums[packed_segment(ky, kx) * kBlockChannels + c];
     }
   }
 
@@ -393,13 +393,36 @@ class DenseDriver {
   int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
   int64_t group = 0;
 
-  alignas(64) int32_t start[kTileRows * kPanelBlocks * kBlockChannels];
+  alignas(64) int32_t box_sums[kPanelBlocks * kBlockChannels];
+  int32_t zero_points[kTileRows];
   Segment segments[kCallSegments];
   const uint8_t* table[kCallSegments * kTileRows];
   int32_t zero_run_value[kTileRows];
   uint8_t zero_run[kTileRows][kPieceBytes];
   uint8_t copies[kCopyBytes];
 };
+
+/// Calls visit(row, sample, panel) for every row and panel of a range, and kernel.end_panel() and end_chunk() as DenseDriver does.
+template <class Kernel, class Visit>
+void for_each_row_panel(const LayerProblem& p, const LayerRange& range, Kernel& kernel, Visit visit) {
+  const PackedLayout& layout = p.layout;
+  const int64_t chunk = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
+  for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
+    const int64_t end = min_i(begin + chunk, range.row_end);
+    for (int64_t channel = range.channel_begin; channel < range.channel_end;) {
+      const int64_t group = channel / layout.group_channels, in_group = channel % layout.group_channels;
+      Panel panel;
+      panel.block = p.packed_weight + (group * layout.group_blocks + in_group / kBlockChannels) * layout.block_bytes;
+      panel.channel = channel;
+      panel.channels = min_i(min_i(kPanelBlocks * kBlockChannels, layout.group_channels - in_group), range.channel_end - channel);
+      panel.blocks = static_cast<int>((panel.channels + kBlockChannels - 1) / kBlockChannels);
+      for (int64_t row = begin; row < end; ++row) visit(row, row / p.rows_per_sample, panel);
+      kernel.end_panel();
+      channel += panel.channels;
+    }
+    kernel.end_chunk();
+  }
+}
 
 }  // namespace
 }  // namespace probquant

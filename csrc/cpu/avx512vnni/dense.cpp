@@ -17,40 +17,82 @@ enum class Output { codes, floats, accumulators };
 // ---------------------------------------------------------------------------------------------------------------------
 // Register tiles
 
-template <int kRows, int kBlocks>
-__attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], const uint8_t* const (&x)[kRows], int64_t at, const uint8_t* weights,
-                                                int64_t block_bytes) {
+/// Rows whose pointers stay in registers; the others' are loaded in every step. Left to itself, GCC keeps those in vector
+/// registers, and every address then waits for the vector units.
+constexpr int kPointerRegisters = 8;
+
+template <int ahead, int kRows, int kBlocks>
+__attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], const uint8_t* (&x)[kRows], const uint8_t* (&x_memory)[kRows], int64_t at,
+                                                const uint8_t* weights, int64_t block_bytes) {
   __m512i w[kBlocks];
 #pragma GCC unroll 3
   for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(weights + j * block_bytes);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-    int32_t four;
-    __builtin_memcpy(&four, x[i] + at, 4);
-    const __m512i v = _mm512_set1_epi32(four);
+    __m512i v;
+    if (i < kPointerRegisters) {
+      int32_t four;
+      __builtin_memcpy(&four, x[i] + at + ahead, 4);
+      v = _mm512_set1_epi32(four);
+    } else {
+      const uint8_t* row;
+      asm("mov %2, %1\n\tvpbroadcastd %c4(%1, %3), %0" : "=v"(v), "=&r"(row) : "m"(x_memory[i]), "r"(at), "i"(ahead));
+    }
 #pragma GCC unroll 3
-    for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], v, w[j]);
+    for (int j = 0; j < kBlocks; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(acc[i][j]) : "v"(v), "v"(w[j]));
   }
 }
 
 template <int kRows, int kBlocks>
-__attribute__((always_inline)) inline void multiply(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
+__attribute__((always_inline)) inline void start(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
+#ifdef EXP1
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(in.start + i * in.start_step + j * kBlockChannels);
-  const int64_t block_bytes = in.block_bytes;
-  for (int s = 0; s < in.segment_count; ++s) {
-    const Segment& segment = in.segments[s];
-    const uint8_t* x[kRows];
+    for (int j = 0; j < kBlocks; ++j)acc[i][j]=_mm512_setzero_si512();
+return;
+#endif
+  __m512i sums[kBlocks];
+#pragma GCC unroll 3
+  for (int j = 0; j < kBlocks; ++j)
+    sums[j] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(in.weight_sums + j * in.sums_step));
 #pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) x[i] = in.rows[s * in.row_step + i] + segment.x_offset;
-    const uint8_t* w = in.weights + segment.weight_offset;
-    int64_t k = 0;
-    for (; k + 4 <= segment.steps; k += 4)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) step(acc, x, 4 * (k + u), w + (k + u) * kStreamBytes, block_bytes);
-    for (; k < segment.steps; ++k) step(acc, x, 4 * k, w + k * kStreamBytes, block_bytes);
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kBlocks; ++j)
+      acc[i][j] = i > 0 && in.one_zero_point ? acc[0][j] : _mm512_mullo_epi32(sums[j], _mm512_set1_epi32(in.zero_points[i]));
+  if (!in.partial) return;
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(in.partial + (i * kBlocks + j) * kBlockChannels);
+}
+
+template <int kRows, int kBlocks>
+__attribute__((always_inline)) inline void multiply(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
+  start(in, acc);
+  for (int s = 0; s < in.segment_count; ++s) {
+    const TileInput* again = &in;  // read anew for every segment, rather than kept where the pointers should be
+    asm("" : "+r"(again));
+    const Segment& segment = again->segments[s];
+    const uint8_t* const* rows = again->rows + s * again->row_step;
+    const uint8_t *x[kRows], *x_memory[kRows];
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = rows[i] + segment.x_offset;
+      if (i >= kPointerRegisters) x_memory[i] = x[i];
+    }
+    const uint8_t* w = again->weights + segment.weight_offset;
+    const int64_t block_bytes = again->block_bytes;
+    int64_t at = 0;
+    const int64_t end = 4 * segment.steps;
+    for (; at + 16 <= end; at += 16, w += 4 * kStreamBytes) {
+      step<0>(acc, x, x_memory, at, w, block_bytes);
+      step<4>(acc, x, x_memory, at, w + kStreamBytes, block_bytes);
+      step<8>(acc, x, x_memory, at, w + 2 * kStreamBytes, block_bytes);
+      step<12>(acc, x, x_memory, at, w + 3 * kStreamBytes, block_bytes);
+    }
+    for (; at < end; at += 4, w += kStreamBytes) step<0>(acc, x, x_memory, at, w, block_bytes);
   }
 }
 
@@ -130,6 +172,7 @@ __attribute__((always_inline)) inline void requantize_tile(const TileInput& in, 
   const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
   const __mmask16 last_lanes = first_lanes16(last_channels);
   uint64_t last_bytes = ~uint64_t{0};
+  const bool full = last_channels >= kBlockChannels;
   if (last_channels < kBlockChannels) last_bytes = packed_bytes(last_channels, 4);
 
   __m512 scale[kBlocks], bias[kBlocks];
@@ -189,8 +232,13 @@ __attribute__((always_inline)) inline void requantize_tile(const TileInput& in, 
         if (2 * pair >= rows) continue;
         const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(2 * pair));
         const __m512i two = _mm512_permutex2var_epi32(q[j], order, q[j + 1]);
+        if (full) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[2 * pair] + j * kBlockChannels), _mm512_castsi512_si256(two));
+        if (2 * pair + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[2 * pair + 1] + j * kBlockChannels), _mm512_extracti64x4_epi64(two, 1));
+        } else {
         _mm256_mask_storeu_epi8(y[2 * pair] + j * kBlockChannels, lanes, _mm512_castsi512_si256(two));
         if (2 * pair + 1 < rows) _mm256_mask_storeu_epi8(y[2 * pair + 1] + j * kBlockChannels, lanes, _mm512_extracti64x4_epi64(two, 1));
+        }
       }
     }
     if (kBlocks % 2 == 1) {
@@ -277,7 +325,7 @@ class DenseKernel {
       else kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
     });
     if (!at_once) finish(tile.row, tile.sample, tile.rows, driver.partial, panel.blocks * kBlockChannels, panel);
-    if (p.channel_stats && output == Output::codes) add_channel_stats(tile, panel);
+    if (p.channel_stats && output == Output::codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
   }
 
   /// Finishes rows from accumulators in memory, [row_step] per row.
@@ -310,6 +358,12 @@ class DenseKernel {
     }
   }
 
+  /// A whole row of `quantized`, from memory.
+  void finish_row(int64_t row, int64_t sample, const int32_t* acc, const Panel& panel) {
+    finish(&row, &sample, 1, acc, 0, panel);
+    if (p.channel_stats) add_channel_stats(&row, &sample, 1, panel);
+  }
+
   void end_panel() {
     if (p.channel_stats) flush_channels();
   }
@@ -318,6 +372,7 @@ class DenseKernel {
     if (output == Output::accumulators) flush_range(-1);
     if (output != Output::codes) return;
     flush_run();
+    flush_channels();
     current.sample = -1;
     for (int64_t i = 0; i < chunk_samples; ++i)
       for (int64_t column = 0; column < kStatsSample; ++column) {
@@ -366,17 +421,17 @@ class DenseKernel {
 
   // Moments per channel, from the codes just written; only on request.
 
-  void add_channel_stats(const Tile& tile, const Panel& panel) {
-    for (int i = 0; i < tile.rows; ++i) {
-      if (tile.sample[i] != channel_sample || panel.channel != channel_first) {
+  void add_channel_stats(const int64_t* row, const int64_t* sample, int rows, const Panel& panel) {
+    for (int i = 0; i < rows; ++i) {
+      if (sample[i] != channel_sample || panel.channel != channel_first) {
         flush_channels();
-        channel_sample = tile.sample[i];
+        channel_sample = sample[i];
         channel_first = panel.channel;
         channel_count = panel.channels;
       }
       for (int64_t j = 0; j < panel.blocks; ++j) {
         const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
-        const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, p.y + tile.row[i] * channels + panel.channel + j * kBlockChannels));
+        const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, p.y + row[i] * channels + panel.channel + j * kBlockChannels));
         channel_sums[j] = _mm512_add_epi32(channel_sums[j], q);
         channel_squares[j] = _mm512_add_epi32(channel_squares[j], _mm512_madd_epi16(q, q));
       }
@@ -427,10 +482,22 @@ void run(const LayerProblem& p, const LayerRange& range, Output output) {
   driver.run(range, kernel);
 }
 
+void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
+void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
+void accumulate(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
+
+void requantize(const LayerProblem& p, const LayerRange& range) {
+  DenseKernel kernel(p, Output::codes, range.row_begin);
+  for_each_row_panel(p, range, kernel, [&](int64_t row, int64_t sample, const Panel& panel) {
+    kernel.finish_row(row, sample, p.accumulators + row * p.shape.out_channels + panel.channel, panel);
+  });
+}
+
 }  // namespace
 
-void dense_quantized_avx512vnni(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
-void dense_to_float_avx512vnni(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
-void dense_accumulate_avx512vnni(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
+void install_dense_avx512vnni(Kernels& table) {
+  table.dense = {quantized, to_float, accumulate};
+  table.layer_requantize = requantize;
+}
 
 }  // namespace probquant

@@ -183,53 +183,66 @@ inline __m512i pack_codes(const __m512i (&v)[kParts]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogues: emit(acc, places) takes a tile's accumulators, finish() hands over what registers summed up
+// Epilogues: half(acc) takes the accumulators of half of a tile's parts, store() ends the tile, finish() hands over what
+// registers summed up
 
 /// Requantization with everything but the clip test after the conversion (see Work::prepare_fast). `kFull`: no mask and
 /// one slot. `kBothEdges`: values may be clipped at the low end too, which a ReLU rules out.
 template <bool kFull, bool kBothEdges>
 struct FastCodes {
-  Work& w;
+  Work* w;
   CodeSums sums;
   int64_t pending = 0;
-  __m512i clipped = _mm512_setzero_si512();
+  __m512i clipped[kParts] = {};  // one chain of masked subtractions per part
 
-  explicit FastCodes(Work& work) : w(work) {}
+  explicit FastCodes(Work& work) : w(&work) {}
 
   template <int R, int T>
-  __attribute__((always_inline)) void emit(__m512i (&acc)[R][T][kParts], const Place (&places)[R][T]) {
-    const __m512 upper = _mm512_set1_ps(w.upper_edge), lower = _mm512_set1_ps(w.lower_edge);
-    const __m512i minus_one = _mm512_set1_epi32(-1);
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) {
-      const __m512 multiplier = _mm512_load_ps(w.multiplier[i]), bias = _mm512_load_ps(w.bias[i]);
+  struct Tile {
+    __m512i packed[R][T][2];  ///< 16-bit codes of parts 0 and 1, of 2 and 3
+  };
+
+  template <int kHalf, int R, int T>
+  __attribute__((always_inline)) void half(const __m512i (&acc)[R][T][2], const Place (&places)[R][T], Tile<R, T>& tile) {
+    const __m512 upper = _mm512_set1_ps(w->upper_edge), lower = _mm512_set1_ps(w->lower_edge);
+    const __m512i minus_one = _mm512_set1_epi32(-1), zero_point = _mm512_set1_epi16(static_cast<int16_t>(w->s->y_zero_point));
+    __m512i codes[R][T][2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int part = 2 * kHalf + j;
+      const __m512 multiplier = _mm512_load_ps(w->multiplier[part]), bias = _mm512_load_ps(w->bias[part]);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
-          const __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t][i]), multiplier, bias);
+          const __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t][j]), multiplier, bias);
           __mmask16 outside = _mm512_cmp_ps_mask(v, upper, _CMP_GT_OQ);
           if (kBothEdges) outside = static_cast<__mmask16>(outside | _mm512_cmp_ps_mask(v, lower, _CMP_LT_OQ));
-          if (!kFull) outside = static_cast<__mmask16>(outside & part_mask(places[r][t].mask, i));
-          clipped = _mm512_mask_sub_epi32(clipped, outside, clipped, minus_one);
-          acc[r][t][i] = _mm512_cvtps_epi32(v);
+          if (!kFull) outside = static_cast<__mmask16>(outside & part_mask(places[r][t].mask, part));
+          clipped[part] = _mm512_mask_sub_epi32(clipped[part], outside, clipped[part], minus_one);
+          codes[r][t][j] = _mm512_cvtps_epi32(v);
         }
     }
-    const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(w.s->y_zero_point));
-    const __m512i lowest = _mm512_set1_epi8(static_cast<char>(w.lowest)), highest = _mm512_set1_epi8(static_cast<char>(w.highest));
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) tile.packed[r][t][kHalf] = _mm512_adds_epi16(_mm512_packs_epi32(codes[r][t][0], codes[r][t][1]), zero_point);
+  }
+
+  template <int R, int T>
+  __attribute__((always_inline)) void store(const Tile<R, T>& tile, const Place (&places)[R][T]) {
+    const __m512i lowest = _mm512_set1_epi8(static_cast<char>(w->lowest)), highest = _mm512_set1_epi8(static_cast<char>(w->highest));
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const __m512i(&v)[kParts] = acc[r][t];
-        __m512i q = _mm512_packus_epi16(_mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero_point),
-                                        _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), zero_point));
+        __m512i q = _mm512_packus_epi16(tile.packed[r][t][0], tile.packed[r][t][1]);
         q = _mm512_min_epu8(_mm512_max_epu8(q, lowest), highest);
         const Place& place = places[r][t];
         if (kFull) {
-          _mm512_storeu_si512(w.p.y + place.at, q);
+          _mm512_storeu_si512(w->p.y + place.at, q);
         } else {
-          store_codes(w.p.y, w.g, place, q);
+          store_codes(w->p.y, w->g, place, q);
           q = _mm512_maskz_mov_epi8(place.mask, q);
         }
         sums.add(q);
@@ -239,9 +252,11 @@ struct FastCodes {
   }
 
   void flush() {
-    sums.flush(w.sum, w.squares);
-    w.clipped += _mm512_reduce_add_epi32(clipped);
-    clipped = _mm512_setzero_si512();
+    sums.flush(w->sum, w->squares);
+    for (__m512i& counts : clipped) {
+      w->clipped += _mm512_reduce_add_epi32(counts);
+      counts = _mm512_setzero_si512();
+    }
     pending = 0;
   }
   void finish() { flush(); }
@@ -254,13 +269,23 @@ struct VectorOfParts {
 /// What the other epilogues share: they take one vector of outputs at a time.
 template <class Derived>
 struct OneByOne {
-  Work& w;
-  explicit OneByOne(Work& work) : w(work) {}
+  Work* w;
+  explicit OneByOne(Work& work) : w(&work) {}
 
   template <int R, int T>
-  void emit(__m512i (&acc)[R][T][kParts], const Place (&places)[R][T]) {
+  struct Tile {
+    VectorOfParts acc[R][T];
+  };
+  template <int kHalf, int R, int T>
+  void half(const __m512i (&acc)[R][T][2], const Place (&)[R][T], Tile<R, T>& tile) {
     for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) static_cast<Derived*>(this)->one(VectorOfParts{{acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]}}, places[r][t]);
+      for (int t = 0; t < T; ++t)
+        for (int j = 0; j < 2; ++j) tile.acc[r][t].part[2 * kHalf + j] = acc[r][t][j];
+  }
+  template <int R, int T>
+  void store(const Tile<R, T>& tile, const Place (&places)[R][T]) {
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) static_cast<Derived*>(this)->one(tile.acc[r][t], places[r][t]);
   }
   void finish() {}
 };
@@ -270,26 +295,26 @@ struct AnyCodes : OneByOne<AnyCodes> {
   using OneByOne::OneByOne;
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
-    const SampleEpilogue& s = *w.s;
+    const SampleEpilogue& s = *w->s;
     const Rounding rounding(s.y_zero_point);
     __m512i residual[kParts];
-    if (w.p.residual) load_residual(w.p.residual, s.residual_zero_point, w.g, place, residual);
+    if (w->p.residual) load_residual(w->p.residual, s.residual_zero_point, w->g, place, residual);
     for (int i = 0; i < kParts; ++i) {
-      __m512 t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc.part[i]), _mm512_load_ps(w.multiplier[i]), _mm512_load_ps(w.bias[i]));
-      if (w.p.activation != Activation::clamp) {
-        t = _mm512_mul_ps(activate_ps(w.p.activation, t), _mm512_set1_ps(s.inverse_scale));
+      __m512 t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc.part[i]), _mm512_load_ps(w->multiplier[i]), _mm512_load_ps(w->bias[i]));
+      if (w->p.activation != Activation::clamp) {
+        t = _mm512_mul_ps(activate_ps(w->p.activation, t), _mm512_set1_ps(s.inverse_scale));
       } else {
-        if (w.p.residual) t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(residual[i]), _mm512_set1_ps(s.residual_multiplier), t);
+        if (w->p.residual) t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(residual[i]), _mm512_set1_ps(s.residual_multiplier), t);
         t = clamp_ps(t, _mm512_set1_ps(s.activation_lo), _mm512_set1_ps(s.activation_hi));
       }
-      w.clipped += __builtin_popcount(rounding.clipped(t) & part_mask(place.mask, i));
+      w->clipped += __builtin_popcount(rounding.clipped(t) & part_mask(place.mask, i));
       acc.part[i] = rounding.codes(t);
     }
     const __m512i q = pack_codes(acc.part);
-    store_codes(w.p.y, w.g, place, q);
+    store_codes(w->p.y, w->g, place, q);
     CodeSums sums;
     sums.add(_mm512_maskz_mov_epi8(place.mask, q));
-    sums.flush(w.sum, w.squares);
+    sums.flush(w->sum, w->squares);
   }
 };
 
@@ -319,9 +344,9 @@ struct Floats : OneByOne<Floats> {
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
     __m512 y[kParts];
-    layer_values(w, acc, place, y);
+    layer_values(*w, acc, place, y);
     for (int i = 0; i < kParts; ++i) acc.part[i] = _mm512_castps_si512(y[i]);
-    store_dwords(w.p.y_float, w.g, place, acc.part);
+    store_dwords(w->p.y_float, w->g, place, acc.part);
   }
 };
 
@@ -332,19 +357,19 @@ struct Accumulators : OneByOne<Accumulators> {
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
     __m512 y[kParts];
-    layer_values(w, acc, place, y);
+    layer_values(*w, acc, place, y);
     for (int i = 0; i < kParts; ++i) {
       const __mmask16 mask = part_mask(place.mask, i);
       not_numbers = static_cast<__mmask16>(not_numbers | _mm512_mask_cmp_ps_mask(mask, y[i], y[i], _CMP_UNORD_Q));
       lo = _mm512_mask_min_ps(lo, mask, y[i], lo);
       hi = _mm512_mask_max_ps(hi, mask, y[i], hi);
     }
-    store_dwords(w.p.accumulators, w.g, place, acc.part);
+    store_dwords(w->p.accumulators, w->g, place, acc.part);
   }
   void finish() {
     const float low = not_numbers ? kNan : _mm512_reduce_min_ps(lo), high = _mm512_reduce_max_ps(hi);
-    w.lo = low != low || low < w.lo ? low : w.lo;
-    w.hi = high > w.hi ? high : w.hi;
+    w->lo = low != low || low < w->lo ? low : w->lo;
+    w->hi = high > w->hi ? high : w->hi;
   }
 };
 
@@ -403,40 +428,60 @@ struct Size {
   static constexpr int value = kSize;
 };
 
-/// The accumulators of R rows x T columns. `column` is the strip at the first kernel column of the first output column.
-template <int R, int T>
+/// vpdpbusd in place. The intrinsic makes gcc copy all accumulators in every turn of the loop.
+inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
+}
+
+/// The accumulators of R rows x T columns, parts 2 kHalf and 2 kHalf + 1. `column` is the strip at the first kernel column
+/// of the first output column.
+template <int kHalf, bool kThreeTaps, int R, int T>
 __attribute__((always_inline)) inline void accumulate(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step,
-                                                      __m512i (&acc)[R][T][kParts]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kParts; ++i)
+                                                      __m512i (&acc)[R][T][2]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j)
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[r][t][i] = _mm512_load_si512(w.correction[i]);
-  const int64_t quads = w.p.layout.column_steps;
-  const int8_t* weights = w.g.weights[0];
-  for (int64_t kx = 0; kx < w.p.layout.kernel_width; ++kx, column += tap_step) {
-    const uint8_t* x = column;
-    for (int64_t quad = 0; quad < quads; ++quad, x += kQuadBytes, weights += kQuadBytes) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kParts; ++i) {
-        __m512i rows[R];
-        rows[0] = _mm512_load_si512(weights + i * kVector);
-        if (R == 2) rows[R - 1] = _mm512_load_si512(weights + kMaxSteps * kQuadBytes + i * kVector);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m512i v = _mm512_load_si512(x + t * column_step + i * kVector);
+      for (int t = 0; t < T; ++t) acc[r][t][j] = _mm512_load_si512(w.correction[2 * kHalf + j]);
+  const int8_t* weights = w.g.weights[0] + 2 * kHalf * kVector;
+  column += 2 * kHalf * kVector;
+  const auto step = [&](const uint8_t* x) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) acc[r][t][i] = _mm512_dpbusd_epi32(acc[r][t][i], v, rows[r]);
-        }
+    for (int j = 0; j < 2; ++j) {
+      __m512i rows[R];
+      rows[0] = _mm512_load_si512(weights + j * kVector);
+      if (R == 2) rows[R - 1] = _mm512_load_si512(weights + kMaxSteps * kQuadBytes + j * kVector);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const __m512i v = _mm512_load_si512(x + t * column_step + j * kVector);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, rows[r]);
       }
     }
+    weights += kQuadBytes;
+  };
+  if (kThreeTaps) {
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) step(column + kx * tap_step);
+    return;
   }
+  int64_t kx = w.p.layout.kernel_width;
+  do {
+    const uint8_t* x = column;
+    int64_t quad = w.p.layout.column_steps;
+    do {
+      step(x);
+      x += kQuadBytes;
+    } while (--quad > 0);
+    column += tap_step;
+  } while (--kx > 0);
 }
 
 /// Outputs of `rows` image rows from y (at most R per slot), columns [x_begin, x_end) of a rectangle's sample.
-template <int R, class Epilogue>
-void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, const uint8_t* padding_row, Epilogue& epilogue) {
+template <int R, bool kThreeTaps, class Epilogue>
+void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, const uint8_t* padding_row, Epilogue& kept) {
+  Epilogue epilogue = kept;  // in registers
   const LayerProblem& p = w.p;
   const Conv2dShape& s = p.shape;
   const Group& g = w.g;
@@ -475,12 +520,16 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
     int64_t ox = begin;
     const auto tile = [&](auto size) __attribute__((always_inline)) {
       constexpr int T = decltype(size)::value;
-      __m512i acc[R][T][kParts];
-      accumulate<R, T>(w, column, tap_step, column_step, acc);
       Place places[R][T];
       for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) places[r][t] = {place[r].at + (ox + t) * channels, place[r].slot_step, place[r].mask};
-      epilogue.template emit<R, T>(acc, places);
+      typename Epilogue::template Tile<R, T> outputs;
+      __m512i acc[R][T][2];
+      accumulate<0, kThreeTaps>(w, column, tap_step, column_step, acc);
+      epilogue.template half<0>(acc, places, outputs);
+      accumulate<1, kThreeTaps>(w, column, tap_step, column_step, acc);
+      epilogue.template half<1>(acc, places, outputs);
+      epilogue.store(outputs, places);
       ox += T;
       column += T * column_step;
     };
@@ -489,10 +538,11 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
     if (kTile == 4 && ox + 2 <= end) tile(Size<2>{});
     if (ox < end) tile(Size<1>{});
   }
+  kept = epilogue;
 }
 
 /// Runs a rectangle with one epilogue.
-template <class Epilogue>
+template <class Epilogue, bool kThreeTaps = false>
 void run_rectangle(Work& w, const Rectangle& rectangle) {
   const Conv2dShape& s = w.p.shape;
   alignas(64) uint8_t padding_row[kVector];
@@ -503,8 +553,8 @@ void run_rectangle(Work& w, const Rectangle& rectangle) {
   for (int64_t y = rectangle.y_begin; y < rectangle.y_end;) {
     const int64_t remaining = rectangle.y_end - y, most = w.g.slots * (pairs && remaining > w.g.slots ? 2 : 1);
     const int64_t rows = remaining < most ? remaining : most;
-    if (most > w.g.slots) run_strip<2>(w, rectangle, y, rows, padding_row, epilogue);
-    else run_strip<1>(w, rectangle, y, rows, padding_row, epilogue);
+    if (most > w.g.slots) run_strip<2, kThreeTaps>(w, rectangle, y, rows, padding_row, epilogue);
+    else run_strip<1, kThreeTaps>(w, rectangle, y, rows, padding_row, epilogue);
     y += rows;
   }
   epilogue.finish();
@@ -538,6 +588,7 @@ void for_each_group(const LayerProblem& p, const LayerRange& range, Start start,
 
 void quantized(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.quantized(p, range);
+  const bool three_taps = p.layout.steps == 3 && p.layout.kernel_width == 3;  // 3x3 above all
   bool fast = false;
   for_each_group(
       p, range,
@@ -558,9 +609,9 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
           return;
         }
         if (!fast) run_rectangle<AnyCodes>(w, r);
-        else if (g.channels != kVector) run_rectangle<FastCodes<false, true>>(w, r);
-        else if (w.lower_edge > -kInfinity) run_rectangle<FastCodes<true, true>>(w, r);
-        else run_rectangle<FastCodes<true, false>>(w, r);
+        else if (g.channels != kVector) three_taps ? run_rectangle<FastCodes<false, true>, true>(w, r) : run_rectangle<FastCodes<false, true>>(w, r);
+        else if (w.lower_edge > -kInfinity) three_taps ? run_rectangle<FastCodes<true, true>, true>(w, r) : run_rectangle<FastCodes<true, true>>(w, r);
+        else three_taps ? run_rectangle<FastCodes<true, false>, true>(w, r) : run_rectangle<FastCodes<true, false>>(w, r);
         if (!p.channel_stats) return;
         int64_t* sums = p.stats + r.sample * (kStatsSample + 2 * p.shape.out_channels) + kStatsSample + g.channel;
         for (int64_t y = r.y_begin; y < r.y_end; ++y)

@@ -3,10 +3,12 @@
 
 namespace probquant {
 
+void install_dense_avx512vnni(Kernels& table);
 void install_depthwise_avx512vnni(Kernels& table);
 
 void install_avx512vnni(Kernels& table) {
   table.name = "avx512vnni";
+  install_dense_avx512vnni(table);
   install_depthwise_avx512vnni(table);
 }
 

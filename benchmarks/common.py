@@ -1,0 +1,209 @@
+"""What the benchmarks share: the machine's description, pinning, alternating timing, tables and result files."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+BUSY_LOAD = 0.5
+_PACKAGES = ("probquant", "torch", "onnxruntime", "openvino", "onnx", "torchao", "numpy")
+_ALLOWED = sorted(os.sched_getaffinity(0))  # before anything is pinned
+
+
+class Skip(Exception):
+    """A contestant that cannot take part, with the reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def cpu_facts() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    return facts
+
+
+def cache_bytes() -> dict[int, int]:
+    """Bytes of the data caches that the first CPU sees, by level."""
+    sizes = {}
+    for entry in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError, ValueError):
+            if (entry / "type").read_text().strip() != "Instruction":
+                text = (entry / "size").read_text().strip()
+                sizes[int((entry / "level").read_text())] = int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
+    return sizes
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def describe_run() -> dict:
+    """The circumstances of a run: machine, versions, date, load. Taken at its start; goes into the context file."""
+    facts, caches = cpu_facts(), cache_bytes()
+    run = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": facts.get("model name", platform.processor()),
+        "cpu_family_model": f"{facts.get('cpu family', '?')}/{facts.get('model', '?')}",
+        "cpus": len(_ALLOWED),
+        "caches": ", ".join(f"L{level} {size >> 10} KiB" for level, size in sorted(caches.items())),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+    }
+    with contextlib.suppress(ImportError):
+        import probquant
+
+        run["probquant_isa"] = probquant.cpu_info()["isa_used"]
+    return run
+
+
+def print_run(run: dict) -> None:
+    print(f"{run['cpu']} (family/model {run['cpu_family_model']}), {run['cpus']} CPUs, {run['caches']}; {run['date']}")
+    print(", ".join(f"{name} {version}" for name, version in run["versions"].items()), end="")
+    print(f"; probquant runs {run['probquant_isa']}" if "probquant_isa" in run else "")
+    print(f"load average {run['load_at_start']}")
+    if run["load_at_start"] > BUSY_LOAD:
+        print(f"WARNING: the machine is busy (load average above {BUSY_LOAD}): times will be noise. Run again when it is idle.")
+
+
+def available_cpus() -> int:
+    return len(_ALLOWED)
+
+
+def pin(threads: int) -> None:
+    """Lets the calling thread, and the threads it starts from now on, use the first `threads` CPUs only."""
+    if threads > len(_ALLOWED):
+        raise SystemExit(f"--threads {threads}: this process may use {len(_ALLOWED)} CPUs")
+    os.sched_setaffinity(0, _ALLOWED[:threads])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, threads: int, turn_ms: float = 3.0, on_round=None) -> dict[str, list[float]]:
+    """Times every call in turn, `rounds` times over; microseconds of each single call.
+
+    A turn is one untimed call and then as many timed ones as fit into turn_ms (at least one), so that each contestant
+    has its own data in the caches. The order changes from round to round. With several threads a short sleep lets the
+    workers of the contestant before stop spinning.
+    """
+    fit = {}
+    for name, call in calls.items():
+        call()
+        fit[name] = max(1, min(1000, int(1e3 * turn_ms / min(_once(call) for _ in range(2)))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            if threads > 1:
+                time.sleep(0.004)
+            call = calls[name]
+            call()
+            samples[name] += [_once(call) for _ in range(fit[name])]
+        if on_round:
+            on_round()
+    return samples
+
+
+def paired_ratios(a: Callable[[], object], b: Callable[[], object], pairs: int) -> list[float]:
+    """Time of `a` over time of `b`, call by call alternated; which one goes first alternates, too."""
+    a(), b()
+    ratios = []
+    for i in range(pairs):
+        if i % 2:
+            time_b, time_a = _once(b), _once(a)
+        else:
+            time_a, time_b = _once(a), _once(b)
+        ratios.append(time_a / time_b)
+    return ratios
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return max((time.perf_counter_ns() - start) * 1e-3, 1e-3)
+
+
+def ratio_summary(ratios: Sequence[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return {"pairs": len(ratios), "median": round(quartiles[1], 4), "quartile1": round(quartiles[0], 4), "quartile3": round(quartiles[2], 4)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables and files
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """Aligned columns, the first `left` of them to the left."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def context_path(path: str | os.PathLike) -> Path:
+    """Where the circumstances of the results in `path` stand: layers.json -> layers.run.json."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.run.json")
+
+
+def write_results(path: str | os.PathLike | None, rows: list[dict], context: dict) -> None:
+    """Writes the rows to `path`, one per line, and the circumstances beside them. Does nothing for None."""
+    if path is None:
+        return
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    _replace(Path(path), text)
+    _replace(context_path(path), json.dumps(context, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    _replace(path, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def check_names(chosen: Sequence[str] | None, known: Sequence[str], default: Sequence[str], what: str) -> list[str]:
+    """The chosen names; a name stands for every known one that starts with it. Ends the program for an unknown one."""
+    if not chosen:
+        return list(default)
+    picked = []
+    for name in chosen:
+        matches = [k for k in known if k == name] or [k for k in known if k.startswith(name)]
+        if not matches:
+            raise SystemExit(f"unknown {what} {name!r}; there are: {', '.join(known)}")
+        picked += [m for m in matches if m not in picked]
+    return picked

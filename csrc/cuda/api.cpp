@@ -1,0 +1,64 @@
+// The public functions of cuda.h: checks, partition, launches. Host code only; the checks are those of the CPU front ends.
+#include <probquant/cuda.h>
+
+#include "../core/front_end.h"
+#include "launch.h"
+
+namespace probquant::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+Partition checked_partition(const char* op, int64_t samples, int64_t positions, int64_t channels) {
+  const Partition p = make_partition(samples, positions, channels);
+  require(p.blocks() <= kMaxBlocks, op, ": ", samples, " samples of ", positions, " x ", channels, " values need ", p.blocks(),
+          " thread blocks, CUDA has ", kMaxBlocks);
+  return p;
+}
+
+void check_dtype(const char* op, DType dtype) {
+  require(dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16, op, ": dtype ", static_cast<int64_t>(dtype),
+          " is none of float32, float16, bfloat16");
+}
+
+Partition quantize_partition(const FloatView& x) {
+  check_dtype("quantize", x.dtype);
+  for (const int64_t size : x.size) require(size >= 0, "quantize: negative size ", size);
+  return checked_partition("quantize", x.size[0], x.size[1] * x.size[2], x.size[3]);
+}
+
+}  // namespace
+
+int64_t quantize_workspace_bytes(const FloatView& x, bool parameters_given) {
+  const Partition p = quantize_partition(x);
+  return parameters_given ? 0 : p.blocks() * static_cast<int64_t>(sizeof(Range));
+}
+
+void quantize(const FloatView& x, const float* scale, const int32_t* zero_point, const QuantizedOutput& y, void* workspace, void* stream) {
+  const Partition p = quantize_partition(x);
+  require((scale == nullptr) == (zero_point == nullptr), "quantize: scale and zero_point come together");
+  if (p.samples == 0) return;
+  require(scale != nullptr || workspace != nullptr, "quantize: without given parameters a workspace is needed");
+  const FloatSource source{x.data, x.dtype, x.size[2], {x.stride[0], x.stride[1], x.stride[2], x.stride[3]}};
+  auto* partials = static_cast<Range*>(workspace);
+  clear(y.stats, p.samples * stats_columns(p.channels, y.channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+  if (!scale) launch_range(p, source, partials, stream);
+  launch_quantize(p, source, partials, scale, zero_point, y, stream);
+}
+
+void dequantize(const QuantizedInput& x, int64_t samples, int64_t count, DType dtype, void* y, void* stream) {
+  check_dtype("dequantize", dtype);
+  require(samples >= 0 && count >= 0, "dequantize: negative size [", samples, ", ", count, "]");
+  if (samples == 0 || count == 0) return;
+  launch_dequantize(checked_partition("dequantize", samples, count, 1), x, dtype, y, stream);
+}
+
+void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats, void* stream) {
+  require(samples >= 0 && count >= 0, "moments: negative size [", samples, ", ", count, "]");
+  require(channels > 0 && count % channels == 0, "moments: channels ", channels, " does not divide the sample's ", count, " values");
+  clear(stats, samples * stats_columns(channels, channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+  if (samples == 0 || count == 0) return;
+  launch_moments(checked_partition("moments", samples, count / channels, channels), q, channel_stats, stats, stream);
+}
+
+}  // namespace probquant::cuda

@@ -1,0 +1,51 @@
+// How a tensor [samples, positions, channels] is shared out among thread blocks: the one heuristic of the memory-bound
+// kernels. A block belongs to one sample, a tile of channels and a part of the positions. Its threads form
+// position_lanes x channel_lanes; a thread keeps one channel and walks over its part's positions in steps of
+// position_lanes, so neighbouring threads touch neighbouring channels (whole sectors in NHWC), and a channel's sums stay
+// in registers. Results never depend on the choice: minima, maxima and integer sums have no order.
+#pragma once
+#include "../core/numerics.h"
+
+namespace probquant::cuda {
+
+inline constexpr int kMaxThreads = 256;
+
+struct Partition {
+  int64_t samples, positions, channels;
+  int32_t channel_lanes, position_lanes;  ///< channel_lanes * position_lanes <= threads; threads beyond idle
+  int32_t threads;                        ///< per block: whole warps
+  int32_t channel_tiles;                  ///< of channel_lanes channels
+  int32_t position_parts;                 ///< of part_positions positions
+  int64_t part_positions;
+
+  PROBQUANT_HOST_DEVICE constexpr int64_t blocks_per_sample() const { return static_cast<int64_t>(channel_tiles) * position_parts; }
+  constexpr int64_t blocks() const { return samples * blocks_per_sample(); }
+};
+
+/// Aims at kWantedBlocks blocks: enough to fill 132 multiprocessors with 8 blocks each. A thread gets at least 4
+/// values, so that its setup and the block's reduction stay small beside its work, and at most as many as keep the blocks of
+/// a sample (whose partial ranges every block of the sample reads again) below kMaxBlocksPerSample.
+inline constexpr int64_t kWantedBlocks = 1056, kMinPerThread = 4, kMaxBlocksPerSample = 1024;
+
+/// Every size may be 0; a sample has at least one block, which writes its parameters.
+constexpr Partition make_partition(int64_t samples, int64_t positions, int64_t channels) {
+  const auto at_least_1 = [](int64_t v) { return v > 1 ? v : 1; };
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t tiles = at_least_1(divide_up(channels, kMaxThreads)), lanes = at_least_1(divide_up(channels, tiles));
+  const int64_t rows = at_least_1(smaller(kMaxThreads / lanes, positions));
+  const int64_t wanted_parts = at_least_1(kWantedBlocks / at_least_1(samples * tiles));
+  const int64_t most_parts = at_least_1(smaller(divide_up(positions, rows * kMinPerThread), kMaxBlocksPerSample / tiles));
+  const int64_t part_positions = at_least_1(divide_up(positions, smaller(wanted_parts, most_parts)));
+  Partition p{};
+  p.samples = samples, p.positions = positions, p.channels = channels;
+  p.channel_lanes = static_cast<int32_t>(lanes);
+  p.position_lanes = static_cast<int32_t>(rows);
+  p.threads = static_cast<int32_t>(divide_up(lanes * rows, 32) * 32);
+  p.channel_tiles = static_cast<int32_t>(tiles);
+  p.position_parts = static_cast<int32_t>(at_least_1(divide_up(positions, part_positions)));
+  p.part_positions = part_positions;
+  return p;
+}
+
+}  // namespace probquant::cuda

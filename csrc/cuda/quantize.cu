@@ -1,0 +1,63 @@
+// quantize: every block finds its sample's parameters (from the partial ranges, which all blocks of the sample read, or
+// from the given ones), writes its codes and adds their moments to the sample's stats.
+//
+// Launch: Partition::blocks() blocks of up to 256 threads, 4,352 bytes of static shared memory. Reads every value and the
+// sample's partials once, writes a byte per value; 3 atomics per block, with channel stats 2 more per channel of its tile.
+// Bound by memory. Sectors are used fully where channels are dense (NHWC, rows) or there are fewer than 8 of them per
+// pixel; NCHW with many channels reads a sector per value and leaves the rest to the L1 cache.
+#include "reduce.cuh"
+#include "runtime.h"
+
+namespace probquant::cuda {
+namespace {
+
+template <DType dtype>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_kernel(const Partition p, const FloatSteps x, const Range* partials, const float* scale, const int32_t* zero_point,
+                    const QuantizedOutput y, const int64_t columns) {
+  const Place place(p);
+  QParams qparams;
+  if (scale != nullptr) {
+    qparams = {*scale, clamp_zero_point(*zero_point)};
+  } else {
+    const Range* of_sample = partials + place.sample * p.blocks_per_sample();
+    Range r{0.0f, 0.0f};
+    for (int64_t i = threadIdx.x; i < p.blocks_per_sample(); i += blockDim.x) r = join(r, of_sample[i]);
+    r = block_range(r);
+    qparams = qparams_from_range(r.lo, r.hi);
+  }
+  const bool valid = valid_scale(qparams.scale);
+  int64_t* stats_row = y.stats + place.sample * columns;
+  if (place.first_block && threadIdx.x == 0) {
+    y.scale[place.sample] = valid ? qparams.scale : kNan;
+    y.zero_point[place.sample] = valid ? qparams.zero_point : 0;
+    if (!valid) stats_row[kStatsClipped] = -1;  // no block of the sample adds to it
+  }
+  uint8_t* q = y.q + place.sample * p.positions * p.channels + place.channel;
+  if (!valid) {
+    for (int64_t position = place.position; position < place.end; position += p.position_lanes) q[position * p.channels] = 0;
+    return;
+  }
+  const float inverse_scale = 1.0f / qparams.scale;
+  Moments moments;
+  for_each_value<dtype>(p, place, x, [&](int64_t position, float value) {
+    const Code code = round_to_code(value * inverse_scale, qparams.zero_point);
+    q[position * p.channels] = code.q;
+    moments.add(code.q);
+    moments.clipped += code.clipped;
+  });
+  add_to_stats(p, place, moments, y.channel_stats, stats_row);
+}
+
+}  // namespace
+
+void launch_quantize(const Partition& p, const FloatSource& x, const Range* partials, const float* scale, const int32_t* zero_point,
+                     const QuantizedOutput& y, void* stream) {
+  const auto kernel = x.dtype == DType::float16    ? quantize_kernel<DType::float16>
+                      : x.dtype == DType::bfloat16 ? quantize_kernel<DType::bfloat16>
+                                                   : quantize_kernel<DType::float32>;
+  launch("quantize", kernel, p.blocks(), p.threads, stream, p, FloatSteps(p, x), partials, scale, zero_point, y,
+         stats_columns(p.channels, y.channel_stats));
+}
+
+}  // namespace probquant::cuda

@@ -1,0 +1,69 @@
+// Reductions over a warp and over a block. A block has whole warps, at most kMaxThreads threads, and all of them call.
+#pragma once
+#include "place.cuh"
+
+namespace probquant::cuda {
+
+inline constexpr int kMaxWarps = kMaxThreads / 32;
+
+/// combine(...) of the warp's values, in every lane.
+template <class T, class Combine>
+__device__ T warp_reduce(T value, Combine combine) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  return value;
+}
+
+__device__ inline Range join(Range a, Range b) { return {min_f(a.lo, b.lo), max_f(a.hi, b.hi)}; }
+
+/// Range of the block's values, in every thread. Once per kernel: it ends without a barrier.
+__device__ inline Range block_range(Range r) {
+  __shared__ Range of_warp[kMaxWarps];
+  r.lo = warp_reduce(r.lo, [](float a, float b) { return min_f(a, b); });
+  r.hi = warp_reduce(r.hi, [](float a, float b) { return max_f(a, b); });
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = r;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) r = join(r, of_warp[warp]);
+  return r;
+}
+
+/// Moments of the codes one thread has seen, all of one channel.
+struct Moments {
+  unsigned long long sum = 0, squares = 0, clipped = 0;
+
+  __device__ void add(uint32_t q) { sum += q, squares += q * q; }
+};
+
+/// Adds the block's moments to its sample's row of stats: one atomic per column and block. Integer sums do not depend on
+/// the order. Once per kernel: it ends without a barrier.
+__device__ inline void add_to_stats(const Partition& p, const Place& place, const Moments& moments, bool channel_stats, int64_t* stats_row) {
+  using Sum = unsigned long long;
+  __shared__ Sum of_warp[kStatsSample][kMaxWarps];
+  __shared__ Sum of_thread[2][kMaxThreads];  // by [position_lane][channel_lane]
+  const auto add = [](Sum a, Sum b) { return a + b; };
+  const Sum totals[kStatsSample] = {warp_reduce(moments.sum, add), warp_reduce(moments.squares, add), warp_reduce(moments.clipped, add)};
+  if (threadIdx.x % 32 == 0)
+    for (int column = 0; column < kStatsSample; ++column) of_warp[column][threadIdx.x / 32] = totals[column];
+  if (channel_stats) {
+    of_thread[0][threadIdx.x] = moments.sum;
+    of_thread[1][threadIdx.x] = moments.squares;
+  }
+  __syncthreads();
+  auto* columns = reinterpret_cast<Sum*>(stats_row);
+  if (threadIdx.x < kStatsSample) {
+    Sum total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += of_warp[threadIdx.x][warp];
+    atomicAdd(columns + threadIdx.x, total);
+  }
+  if (channel_stats && place.position_lane == 0 && place.channel < p.channels) {
+    Sum sum = 0, squares = 0;
+    for (int lane = 0; lane < p.position_lanes; ++lane) {
+      sum += of_thread[0][lane * p.channel_lanes + place.channel_lane];
+      squares += of_thread[1][lane * p.channel_lanes + place.channel_lane];
+    }
+    atomicAdd(columns + kStatsSample + place.channel, sum);
+    atomicAdd(columns + kStatsSample + p.channels + place.channel, squares);
+  }
+}
+
+}  // namespace probquant::cuda

@@ -1,0 +1,27 @@
+// The CUDA runtime as the kernel files use it: errors become probquant::Error, launches are typed.
+#pragma once
+#include <cuda_runtime.h>
+#include <probquant/types.h>
+
+#include <string>
+
+namespace probquant::cuda {
+
+/// Throws Error with the reason and, for the usual ones, what to do about it.
+[[noreturn]] void throw_cuda_error(const char* what, cudaError_t error);
+
+inline void check(const char* what, cudaError_t error) {
+  if (error != cudaSuccess) throw_cuda_error(what, error);
+}
+
+/// Enqueues one kernel on a one-dimensional grid.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace probquant::cuda

@@ -1,0 +1,476 @@
+// Fuzzes the kernels of every instruction set that this machine has against the reference table: depthwise layers, patch
+// sums, quantize, dequantize, moments, mark_codes, lookup, add. Every buffer ends at an unmapped page, outputs are
+// compared byte by byte, written ranges included.
+//
+//   fuzz_elementwise [seed] [cases, or seconds with a trailing s] [isa]
+//
+// Prints the parameters of the first case that differs and exits 1, else "N cases passed".
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/float_formats.h"
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+
+namespace probquant {
+namespace {
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {  // splitmix64
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  /// Uniform in [lo, hi].
+  int64_t range(int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(next() % static_cast<uint64_t>(hi - lo + 1)); }
+  bool chance(int64_t one_in) { return range(1, one_in) == 1; }
+  float uniform(float lo, float hi) { return lo + (hi - lo) * static_cast<float>(next() >> 40) * 0x1p-24f; }
+
+ private:
+  uint64_t state_;
+};
+
+/// Memory whose last byte is followed by an unmapped page, filled with a pattern.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t count, int fill = 0xa5) : count_(count) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), bytes = static_cast<size_t>(count) * sizeof(T);
+    mapped_ = (bytes + page - 1) / page * page + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + page, mapped_ - 2 * page, PROT_READ | PROT_WRITE) != 0) std::abort();
+    data_ = reinterpret_cast<T*>(base_ + mapped_ - page - bytes);
+    std::memset(data_, fill, bytes);
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, mapped_); }
+
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t size() const { return count_; }
+
+ private:
+  int64_t count_;
+  size_t mapped_;
+  char* base_;
+  T* data_;
+};
+
+void fill_codes(Random& random, Guarded<uint8_t>& q) {
+  const int64_t kind = random.range(0, 5), centre = random.range(0, 255);
+  for (int64_t i = 0; i < q.size(); ++i)
+    q[i] = static_cast<uint8_t>(kind == 0 ? 255 : kind == 1 ? 0 : kind == 2 ? std::min<int64_t>(255, std::max<int64_t>(0, centre + random.range(-4, 4))) : random.range(0, 255));
+}
+
+/// One case: what it is, for the report, and the first difference.
+struct Case {
+  std::string text;
+  bool failed = false;
+
+  template <class T>
+  void compare(const char* what, Guarded<T>& expected, Guarded<T>& actual) {
+    if (failed || std::memcmp(expected.data(), actual.data(), static_cast<size_t>(expected.size()) * sizeof(T)) == 0) return;
+    for (int64_t i = 0; i < expected.size(); ++i)
+      if (std::memcmp(&expected[i], &actual[i], sizeof(T)) != 0) {
+        char line[160];
+        std::snprintf(line, sizeof line, "\n  %s[%lld] is %.9g, want %.9g", what, static_cast<long long>(i), static_cast<double>(actual[i]),
+                      static_cast<double>(expected[i]));
+        text += line;
+        failed = true;
+        return;
+      }
+  }
+  template <class T>
+  void add(const char* name, T value) {
+    char number[32];
+    if constexpr (std::is_floating_point_v<T>) std::snprintf(number, sizeof number, "%.9g", static_cast<double>(value));
+    else std::snprintf(number, sizeof number, "%lld", static_cast<long long>(value));
+    text += std::string(" ") + name + "=" + number;
+  }
+};
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+int64_t some_channels(Random& random) {
+  static const int64_t kEdges[] = {1, 2, 3, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 80, 96, 127, 128, 129, 144, 160};
+  return random.chance(2) ? kEdges[random.range(0, 20)] : random.range(1, 100);
+}
+
+float some_scale(Random& random) {
+  return random.chance(3) ? std::ldexp(1.0f, static_cast<int>(random.range(-8, 2))) : random.uniform(0.001f, 0.2f);
+}
+
+SampleEpilogue some_epilogue(Random& random, bool residual, float activation_min, float activation_max, float y_scale) {
+  const float invalid = random.chance(30) ? kNan : 1.0f;
+  SampleEpilogue e = sample_inputs(some_scale(random) * invalid, static_cast<int32_t>(random.range(-3, 258)), residual ? some_scale(random) : 1.0f,
+                                   residual ? static_cast<int32_t>(random.range(0, 255)) : 0);
+  set_output(e, {y_scale, static_cast<int32_t>(random.chance(2) ? 0 : random.range(0, 255))}, activation_min, activation_max);
+  return e;
+}
+
+void some_bounds(Random& random, float& lo, float& hi) {
+  const int64_t kind = random.range(0, 5);
+  lo = kind == 0 ? -kInf : kind == 4 ? random.uniform(-2, 2) : 0.0f;
+  hi = kind == 2 ? 6.0f : kind == 4 ? lo + random.uniform(0, 3) : kInf;
+  if (kind == 5) lo = -kInf, hi = random.uniform(-20, 20);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+void fuzz_depthwise(Random& random, const Kernels& table, Case& c) {
+  Conv2dShape s;
+  const int64_t multiplier = random.chance(20) ? random.range(2, 3) : 1;
+  s.in_channels = s.groups = some_channels(random) + 1;
+  s.out_channels = s.in_channels * multiplier;
+  s.batch = random.range(1, 3);
+  const int64_t size = random.chance(6) ? random.range(30, 80) : random.range(1, 16);
+  s.in_height = random.chance(3) ? random.range(1, 12) : size;
+  s.in_width = size;
+  static const int64_t kKernels[] = {3, 3, 3, 5, 5, 7, 1, 2, 4, 6, 9};
+  s.kernel_height = kKernels[random.range(0, 10)];
+  s.kernel_width = random.chance(4) ? kKernels[random.range(0, 10)] : s.kernel_height;
+  s.stride_height = random.chance(3) ? random.range(1, 3) : 1;
+  s.stride_width = random.chance(6) ? random.range(1, 3) : s.stride_height;
+  s.dilation_height = random.chance(8) ? random.range(1, 3) : 1;
+  s.dilation_width = random.chance(8) ? random.range(1, 12) : s.dilation_height;
+  const bool same = random.chance(2);
+  s.padding_top = same ? s.kernel_height / 2 : random.range(0, s.kernel_height + 1);
+  s.padding_bottom = same ? s.kernel_height / 2 : random.range(0, s.kernel_height + 1);
+  s.padding_left = same ? s.kernel_width / 2 : random.range(0, s.kernel_width + 1);
+  s.padding_right = same ? s.kernel_width / 2 : random.range(0, s.kernel_width + 1);
+  while (s.out_height() <= 0) ++s.in_height;
+  while (s.out_width() <= 0) ++s.in_width;
+
+  LayerProblem p(s);
+  p.out_height = s.out_height();
+  p.out_width = s.out_width();
+  p.rows_per_sample = p.out_height * p.out_width;
+  const int64_t rows = s.batch * p.rows_per_sample, outputs = rows * s.out_channels, taps = s.kernel_height * s.kernel_width;
+  Guarded<uint8_t> x(s.batch * s.in_height * s.in_width * s.in_channels), packed(packed_weight_bytes(weight_shape(s))), residual(outputs);
+  fill_codes(random, x);
+  fill_codes(random, residual);
+  std::vector<int8_t> weight(static_cast<size_t>(s.out_channels * taps));
+  std::vector<float> scale(static_cast<size_t>(s.out_channels)), bias(scale.size());
+  const int64_t largest = random.chance(3) ? 3 : 127;
+  for (int8_t& w : weight) w = static_cast<int8_t>(random.chance(3) ? largest : random.range(-largest, largest));
+  const bool huge = random.chance(20);
+  for (float& v : scale) v = some_scale(random) * (huge ? 1e9f : 1.0f) * (random.chance(20) ? -1.0f : 1.0f);
+  const bool no_bias = random.chance(3);
+  for (float& v : bias) v = no_bias ? 0.0f : random.uniform(-1, 1);
+  pack_weight(weight_shape(s), weight.data(), scale.data(), bias.data(), packed.data());
+
+  p.x = x.data();
+  p.packed_weight = packed.data();
+  p.activation = static_cast<Activation>(random.chance(2) ? 0 : random.range(0, 4));
+  p.residual = p.activation == Activation::clamp && random.chance(4) ? residual.data() : nullptr;
+  some_bounds(random, p.activation_min, p.activation_max);
+  const float y_scale = random.chance(4) ? std::ldexp(1.0f, static_cast<int>(random.range(-2, 6))) : random.uniform(0.01f, 20.0f);
+  std::vector<SampleEpilogue> samples;
+  for (int64_t n = 0; n < s.batch; ++n) samples.push_back(some_epilogue(random, p.residual != nullptr, p.activation_min, p.activation_max, y_scale));
+  p.samples = samples.data();
+  p.channel_stats = random.chance(4);
+
+  LayerRange range{0, rows, 0, s.out_channels};
+  if (random.chance(2)) {
+    range.row_begin = random.range(0, rows - 1);
+    range.row_end = random.range(range.row_begin + 1, rows);
+  }
+  if (random.chance(3)) {
+    const int64_t blocks = (s.out_channels + kBlockChannels - 1) / kBlockChannels, begin = random.range(0, blocks - 1);
+    range.channel_begin = begin * kBlockChannels;
+    range.channel_end = std::min(s.out_channels, random.range(begin + 1, blocks) * kBlockChannels);
+  }
+
+  c.text = "depthwise";
+  c.add("batch", s.batch), c.add("in_height", s.in_height), c.add("in_width", s.in_width), c.add("channels", s.in_channels);
+  c.add("multiplier", multiplier), c.add("kernel_height", s.kernel_height), c.add("kernel_width", s.kernel_width);
+  c.add("stride_height", s.stride_height), c.add("stride_width", s.stride_width), c.add("dilation_height", s.dilation_height);
+  c.add("dilation_width", s.dilation_width), c.add("padding_top", s.padding_top), c.add("padding_bottom", s.padding_bottom);
+  c.add("padding_left", s.padding_left), c.add("padding_right", s.padding_right), c.add("activation", static_cast<int64_t>(p.activation));
+  c.add("activation_min", p.activation_min), c.add("activation_max", p.activation_max), c.add("residual", p.residual != nullptr);
+  c.add("y_scale", y_scale), c.add("zero_point", samples[0].y_zero_point), c.add("row_begin", range.row_begin), c.add("row_end", range.row_end);
+  c.add("channel_begin", range.channel_begin), c.add("channel_end", range.channel_end), c.add("channel_stats", p.channel_stats);
+
+  const int64_t columns = stats_columns(s.out_channels, p.channel_stats);
+  Guarded<uint8_t> y(outputs), y_expected(outputs);
+  Guarded<int64_t> stats(s.batch * columns, 0), stats_expected(s.batch * columns, 0);
+  const auto same_nan = [](Guarded<float>& values) {  // a NaN's sign and payload are not specified
+    for (int64_t i = 0; i < values.size(); ++i)
+      if (values[i] != values[i]) values[i] = kNan;
+  };
+  Guarded<float> floats(outputs), floats_expected(outputs), extremes(2 * s.batch), extremes_expected(2 * s.batch);
+  Guarded<int32_t> accumulators(outputs), accumulators_expected(outputs);
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (Guarded<float>* e : {&extremes, &extremes_expected}) (*e)[2 * n] = kInf, (*e)[2 * n + 1] = -kInf;
+  const auto run = [&](const LayerKernels& kernels, Guarded<uint8_t>& codes, Guarded<int64_t>& moments, Guarded<float>& values,
+                       Guarded<int32_t>& sums, Guarded<float>& minmax) {
+    p.y = codes.data(), p.stats = moments.data(), p.y_float = values.data(), p.accumulators = sums.data(), p.range = minmax.data();
+    kernels.quantized(p, range);
+    kernels.to_float(p, range);
+    kernels.accumulate(p, range);
+  };
+  run(kReferenceKernels.depthwise, y_expected, stats_expected, floats_expected, accumulators_expected, extremes_expected);
+  run(table.depthwise, y, stats, floats, accumulators, extremes);
+  for (Guarded<float>* values : {&floats, &floats_expected, &extremes, &extremes_expected}) same_nan(*values);
+  c.compare("accumulators", accumulators_expected, accumulators);
+  c.compare("y_float", floats_expected, floats);
+  c.compare("y", y_expected, y);
+  c.compare("stats", stats_expected, stats);
+  c.compare("range", extremes_expected, extremes);
+}
+
+void fuzz_patch_sums(Random& random, const Kernels& table, Case& c) {
+  Conv2dShape s;
+  const int64_t kind = random.range(0, 3);  // dense, depthwise, grouped, dense with few channels
+  const int64_t base = kind == 3 ? random.range(1, 4) : some_channels(random);
+  s.groups = kind == 1 ? base : kind == 2 ? random.range(2, 5) : 1;
+  s.in_channels = kind == 2 ? s.groups * random.range(1, 70) : base;
+  s.out_channels = s.groups;
+  s.batch = 1;
+  s.in_height = random.range(1, 20);
+  s.in_width = random.range(1, 20);
+  s.kernel_height = random.range(1, 7);
+  s.kernel_width = random.chance(3) ? random.range(1, 7) : s.kernel_height;
+  s.stride_height = random.range(1, 3);
+  s.stride_width = random.chance(4) ? random.range(1, 3) : s.stride_height;
+  s.dilation_height = random.chance(6) ? random.range(1, 3) : 1;
+  s.dilation_width = random.chance(6) ? random.range(1, 3) : 1;
+  s.padding_top = random.range(0, s.kernel_height);
+  s.padding_bottom = random.range(0, s.kernel_height);
+  s.padding_left = random.range(0, s.kernel_width);
+  s.padding_right = random.range(0, s.kernel_width);
+  while (s.out_height() <= 0) ++s.in_height;
+  while (s.out_width() <= 0) ++s.in_width;
+  const auto zero_point = static_cast<int32_t>(random.range(0, 255));
+  const int64_t gamma = random.range(1, 5);
+  const bool per_group = random.chance(2);
+  c.text = "patch_sums";
+  c.add("in_height", s.in_height), c.add("in_width", s.in_width), c.add("in_channels", s.in_channels), c.add("groups", s.groups);
+  c.add("kernel_height", s.kernel_height), c.add("kernel_width", s.kernel_width), c.add("stride_height", s.stride_height);
+  c.add("stride_width", s.stride_width), c.add("dilation_height", s.dilation_height), c.add("dilation_width", s.dilation_width);
+  c.add("padding_top", s.padding_top), c.add("padding_bottom", s.padding_bottom), c.add("padding_left", s.padding_left);
+  c.add("padding_right", s.padding_right), c.add("zero_point", zero_point), c.add("gamma", gamma), c.add("per_group", per_group);
+
+  Guarded<uint8_t> x(s.in_height * s.in_width * s.in_channels);
+  fill_codes(random, x);
+  constexpr int64_t kFields = sizeof(PatchSums) / sizeof(int64_t);
+  const int64_t groups = per_group ? s.groups : 1;
+  Guarded<int64_t> sums(groups * kFields, 0), expected(groups * kFields, 0);
+  kReferenceKernels.patch_sums(s, x.data(), zero_point, gamma, per_group, reinterpret_cast<PatchSums*>(expected.data()));
+  table.patch_sums(s, x.data(), zero_point, gamma, per_group, reinterpret_cast<PatchSums*>(sums.data()));
+  c.compare("sums", expected, sums);
+}
+
+/// A finite, small, tied, huge or not finite value.
+float some_float(Random& random, int64_t odd_values) {
+  if (odd_values && random.chance(odd_values)) {
+    static const float kOdd[] = {kNan, kInf, -kInf, 3e38f, -3e38f, 0.0f, -0.0f, 1e-40f, -1e-44f, 65504.0f, 65520.0f};
+    return kOdd[random.range(0, 10)];
+  }
+  if (random.chance(3)) return static_cast<float>(random.range(-600, 600)) * 0.5f;
+  return random.uniform(-140.0f, 140.0f);
+}
+
+void fuzz_quantize(Random& random, const Kernels& table, Case& c) {
+  QuantizeProblem p{};
+  p.dtype = static_cast<DType>(random.range(0, 2));
+  p.size[0] = random.range(1, 9);
+  p.size[1] = random.chance(8) ? random.range(100, 400) : random.range(1, 40);
+  p.size[2] = random.chance(3) ? random.range(1, 4) : some_channels(random);
+  const int64_t order = random.range(0, 3);  // dense rows, planes (NCHW), padded rows, any
+  int64_t extent;
+  if (order == 1) {
+    p.stride[1] = 1, p.stride[0] = p.size[1] + (random.chance(3) ? random.range(0, 5) : 0), p.stride[2] = p.stride[0] * p.size[0];
+  } else {
+    p.stride[2] = order == 3 ? random.range(1, 3) : 1;
+    p.stride[1] = p.size[2] * p.stride[2] + (order == 0 ? 0 : random.range(0, 3));
+    p.stride[0] = p.size[1] * p.stride[1] + (order == 0 ? 0 : random.range(0, 3));
+  }
+  extent = (p.size[0] - 1) * p.stride[0] + (p.size[1] - 1) * p.stride[1] + (p.size[2] - 1) * p.stride[2] + 1;
+  const int64_t begin = random.chance(3) ? random.range(0, p.size[0] - 1) : 0, end = random.range(begin + 1, p.size[0]);
+  const int64_t odd_values = random.chance(3) ? 0 : random.range(20, 3000);
+  const float inverse_scale = 1.0f / some_scale(random) * (random.chance(3) ? 0.01f : 1.0f);
+  const auto zero_point = static_cast<int32_t>(random.range(0, 255));
+  const bool channel_stats = random.chance(3);
+  c.text = "quantize";
+  c.add("dtype", static_cast<int64_t>(p.dtype)), c.add("size0", p.size[0]), c.add("size1", p.size[1]), c.add("size2", p.size[2]);
+  c.add("stride0", p.stride[0]), c.add("stride1", p.stride[1]), c.add("stride2", p.stride[2]), c.add("begin", begin), c.add("end", end);
+  c.add("inverse_scale", inverse_scale), c.add("zero_point", zero_point), c.add("channel_stats", channel_stats);
+
+  const auto run = [&](auto& x) {
+    for (int64_t i = 0; i < x.size(); ++i) store_float(x.data(), p.dtype, i, some_float(random, odd_values));
+    p.x = x.data();
+    Guarded<float> range(2), range_expected(2);
+    kReferenceKernels.float_range(p, begin, end, &range_expected[0], &range_expected[1]);
+    table.float_range(p, begin, end, &range[0], &range[1]);
+    const int64_t count = p.size[0] * p.size[1] * p.size[2], columns = stats_columns(p.size[2], channel_stats);
+    Guarded<uint8_t> q(count), q_expected(count);
+    Guarded<int64_t> stats(columns, 0), stats_expected(columns, 0);
+    kReferenceKernels.quantize(p, begin, end, inverse_scale, zero_point, q_expected.data(), stats_expected.data(), channel_stats);
+    table.quantize(p, begin, end, inverse_scale, zero_point, q.data(), stats.data(), channel_stats);
+    c.compare("q", q_expected, q);
+    c.compare("stats", stats_expected, stats);
+    if (!(range_expected[0] != range_expected[0] && range[0] != range[0])) c.compare("range", range_expected, range);  // NaN is NaN
+  };
+  if (p.dtype == DType::float32) {
+    Guarded<float> x(extent);
+    run(x);
+  } else {
+    Guarded<uint16_t> x(extent);
+    run(x);
+  }
+}
+
+void fuzz_dequantize(Random& random, const Kernels& table, Case& c) {
+  const int64_t count = random.chance(3) ? random.range(1, 3000) : random.range(1, 200);
+  const auto dtype = static_cast<DType>(random.range(0, 2));
+  const auto zero_point = static_cast<int32_t>(random.range(0, 255));
+  static const float kScales[] = {kNan, 1e-43f, 1e-38f, 3e38f, 300.0f, 6e-8f, 1e-7f};
+  const float scale = random.chance(3) ? kScales[random.range(0, 6)] : some_scale(random);
+  c.text = "dequantize";
+  c.add("count", count), c.add("dtype", static_cast<int64_t>(dtype)), c.add("zero_point", zero_point), c.add("scale", scale);
+  Guarded<uint8_t> q(count);
+  fill_codes(random, q);
+  const auto run = [&](auto& y, auto& expected) {
+    kReferenceKernels.dequantize(q.data(), count, scale, zero_point, dtype, expected.data());
+    table.dequantize(q.data(), count, scale, zero_point, dtype, y.data());
+    c.compare("y", expected, y);
+  };
+  if (dtype == DType::float32) {
+    Guarded<float> y(count), expected(count);
+    run(y, expected);
+  } else {
+    Guarded<uint16_t> y(count), expected(count);
+    run(y, expected);
+  }
+}
+
+void fuzz_moments(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.chance(10) ? random.range(1, 3000) : random.range(1, 30);
+  const bool channel_stats = random.chance(2);
+  c.text = "moments";
+  c.add("rows", rows), c.add("channels", channels), c.add("channel_stats", channel_stats);
+  Guarded<uint8_t> q(rows * channels);
+  fill_codes(random, q);
+  const int64_t columns = stats_columns(channels, channel_stats);
+  Guarded<int64_t> stats(columns, 0), expected(columns, 0);
+  kReferenceKernels.moments(q.data(), q.size(), channels, channel_stats, expected.data());
+  table.moments(q.data(), q.size(), channels, channel_stats, stats.data());
+  c.compare("stats", expected, stats);
+
+  Guarded<bool> seen(256, 0), seen_expected(256, 0);
+  kReferenceKernels.mark_codes(q.data(), q.size(), seen_expected.data());
+  table.mark_codes(q.data(), q.size(), seen.data());
+  c.compare("seen", seen_expected, seen);
+}
+
+void fuzz_lookup(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.range(1, 40);
+  const int64_t q_stride = channels + (random.chance(2) ? 0 : random.range(1, 40)), y_stride = channels + (random.chance(2) ? 0 : random.range(1, 40));
+  const bool channel_stats = random.chance(2);
+  c.text = "lookup";
+  c.add("rows", rows), c.add("channels", channels), c.add("q_stride", q_stride), c.add("y_stride", y_stride), c.add("channel_stats", channel_stats);
+  Guarded<uint8_t> q((rows - 1) * q_stride + channels), y((rows - 1) * y_stride + channels), y_expected(y.size());
+  fill_codes(random, q);
+  Code codes[256];
+  for (Code& code : codes) code = {static_cast<uint8_t>(random.range(0, 255)), random.chance(4)};
+  Guarded<int64_t> stats(3, 0), expected(3, 0), sums(2 * channels, 0), sums_expected(2 * channels, 0);
+  kReferenceKernels.lookup(q.data(), rows, channels, q_stride, codes, y_expected.data(), y_stride, expected.data(),
+                           channel_stats ? sums_expected.data() : nullptr, channel_stats ? sums_expected.data() + channels : nullptr);
+  table.lookup(q.data(), rows, channels, q_stride, codes, y.data(), y_stride, stats.data(), channel_stats ? sums.data() : nullptr,
+               channel_stats ? sums.data() + channels : nullptr);
+  c.compare("y", y_expected, y);
+  c.compare("stats", expected, stats);
+  c.compare("channel sums", sums_expected, sums);
+}
+
+void fuzz_add(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.range(1, 40), count = rows * channels;
+  float activation_min, activation_max;
+  some_bounds(random, activation_min, activation_max);
+  const float y_scale = some_scale(random) * (random.chance(10) ? 1e-12f : 2.0f);
+  const SampleEpilogue e = some_epilogue(random, true, activation_min, activation_max, y_scale);
+  const bool channel_stats = random.chance(3);
+  c.text = "add";
+  c.add("rows", rows), c.add("channels", channels), c.add("activation_min", activation_min), c.add("activation_max", activation_max);
+  c.add("a_scale", e.x_scale), c.add("b_scale", e.residual_scale), c.add("y_scale", y_scale), c.add("a_zero_point", e.x_zero_point);
+  c.add("b_zero_point", e.residual_zero_point), c.add("y_zero_point", e.y_zero_point), c.add("channel_stats", channel_stats);
+  Guarded<uint8_t> a(count), b(count), y(count), y_expected(count);
+  fill_codes(random, a);
+  fill_codes(random, b);
+  const int64_t columns = stats_columns(channels, channel_stats);
+  Guarded<int64_t> stats(columns, 0), expected(columns, 0);
+  kReferenceKernels.add(a.data(), b.data(), count, channels, e, y_expected.data(), expected.data(), channel_stats);
+  table.add(a.data(), b.data(), count, channels, e, y.data(), stats.data(), channel_stats);
+  c.compare("y", y_expected, y);
+  c.compare("stats", expected, stats);
+  Guarded<float> range(2), range_expected(2);
+  kReferenceKernels.add_range(a.data(), b.data(), count, e, activation_min, activation_max, &range_expected[0], &range_expected[1]);
+  table.add_range(a.data(), b.data(), count, e, activation_min, activation_max, &range[0], &range[1]);
+  c.compare("range", range_expected, range);
+}
+
+using Fuzz = void (*)(Random&, const Kernels&, Case&);
+constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add};
+constexpr int64_t kFuzzerCount = sizeof kFuzzers / sizeof kFuzzers[0];
+
+int run(uint64_t seed, int64_t cases, double seconds, const std::string& only) {
+  std::vector<Kernels> tables;
+  Kernels table = kReferenceKernels;
+  (void)table;
+#if defined(PROBQUANT_HAVE_AVX2)
+  if (detected_isa() >= Isa::avx2) {
+    install_avx2(table);
+    tables.push_back(table);
+  }
+#endif
+#if defined(PROBQUANT_HAVE_AVX512VNNI)
+  if (detected_isa() >= Isa::avx512vnni) {
+    install_avx512vnni(table);
+    tables.push_back(table);
+  }
+#endif
+  const auto start = std::chrono::steady_clock::now();
+  int64_t passed = 0;
+  for (int64_t i = 0; cases < 0 || i < cases; ++i) {
+    if (cases < 0 && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) break;
+    for (const Kernels& kernels : tables) {
+      if (!only.empty() && only != kernels.name) continue;
+      Random random(seed * 0x2545f4914f6cdd1du + static_cast<uint64_t>(i));
+      Case c;
+      kFuzzers[i % kFuzzerCount](random, kernels, c);
+      if (c.failed) {
+        std::printf("seed %llu, case %lld, %s: %s\n", static_cast<unsigned long long>(seed), static_cast<long long>(i), kernels.name, c.text.c_str());
+        return 1;
+      }
+      ++passed;
+    }
+  }
+  std::printf("%lld cases passed\n", static_cast<long long>(passed));
+  return 0;
+}
+
+}  // namespace
+}  // namespace probquant
+
+int main(int argc, char** argv) {
+  const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  const std::string amount = argc > 2 ? argv[2] : "2000";
+  const bool timed = !amount.empty() && amount.back() == 's';
+  return probquant::run(seed, timed ? -1 : std::strtoll(amount.c_str(), nullptr, 10), timed ? std::strtod(amount.c_str(), nullptr) : 0,
+                        argc > 3 ? argv[3] : "");
+}
