@@ -29,7 +29,6 @@ KINDS = {
     "fma_zmm": "float32 FMA, 512 bit",
     "fma_ymm": "float32 FMA, 256 bit",
 }
-MODES = ("read", "write", "stream", "copy")
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,6 +84,11 @@ def memory_levels(threads: int) -> dict[str, int]:
     return levels
 
 
+def modes(level: str) -> list[str]:
+    """What is measured at a level of the memory hierarchy; stores past the caches go to DRAM only."""
+    return ["read", "write", *(["stream"] if level == "DRAM" else []), "copy"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="example: python benchmarks/peak.py --json peak.json"
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     pin(max(counts))
     rows = []
     levels = {threads: memory_levels(threads) for threads in counts}
-    with tqdm(total=len(counts) * len(KINDS) + sum(len(MODES) * len(sizes) for sizes in levels.values()), leave=False) as bar:
+    with tqdm(total=len(counts) * len(KINDS) + sum(len(modes(level)) for sizes in levels.values() for level in sizes), leave=False) as bar:
         for threads in counts:
             pin(threads)
             for kind in KINDS:
@@ -108,15 +112,15 @@ def main(argv: list[str] | None = None) -> None:
                     rows.append({"what": kind, "level": "", "threads": threads, "value": round(rate, 1), "unit": "GMAC/s"})
                 bar.update()
             for level, size in levels[threads].items():
-                for mode in MODES:
-                    rate = probe_bandwidth(mode, size, threads, args.seconds)
+                for mode in modes(level):
+                    rate = probe_bandwidth(mode, size, threads, args.seconds * (4 if level == "DRAM" else 1))
                     rows.append({"what": mode, "level": level, "threads": threads, "value": round(rate, 1), "unit": "GB/s"})
                     bar.update()
     value = {(row["what"], row["level"], row["threads"]): row["value"] for row in rows}
     names = [f"{threads} thread{'s' * (threads > 1)}" for threads in counts]
     table = [[text, *(value.get((kind, "", threads), "-") for threads in counts)] for kind, text in KINDS.items()]
     print("\n" + text_table(["GMAC/s", *names], table))
-    table = [[level, mode, *(value[mode, level, threads] for threads in counts)] for level in levels[counts[0]] for mode in MODES]
+    table = [[level, mode, *(value[mode, level, threads] for threads in counts)] for level in levels[counts[0]] for mode in modes(level)]
     print("\n" + text_table(["GB/s", "", *names], table, left=2))
     write_results(args.json, rows, run)
 

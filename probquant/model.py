@@ -118,6 +118,9 @@ class QuantizedModel(fx.GraphModule):
                 layer = node.meta.get("layer")
                 if layer is not None:
                     captures[layer] = _capture(result)
+                    if "profile" in node.meta:
+                        profile = operator.attrgetter(node.meta["profile"])(self.module)
+                        captures[layer].value *= profile.reshape(-1, *[1] * (captures[layer].value.dim() - 2)) if result[1].dim() == 1 else profile
                 return result
 
         with torch.no_grad():
@@ -272,8 +275,7 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
             entry["op"], _decode_target(entry), _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes), name=entry["name"]
         )
         nodes[entry["name"]] = node
-        if entry.get("layer"):
-            node.meta["layer"] = entry["layer"]
+        node.meta.update({key: entry[key] for key in ("layer", "profile") if key in entry})
     if header["pytree"] is not None:
         p = header["pytree"]
         out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
@@ -305,8 +307,7 @@ def _set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
 
 def _encode_node(node: fx.Node) -> dict:
     entry = {"op": node.op, "name": node.name, "target": _encode_target(node.target), "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
-    if "layer" in node.meta:
-        entry["layer"] = node.meta["layer"]
+    entry.update({key: node.meta[key] for key in ("layer", "profile") if key in node.meta})
     return entry
 
 

@@ -9,7 +9,8 @@ import fnmatch
 import inspect
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from . import surrogates
 from ._ops import Activation, Strategy, ops
 from .graph import Unit, aten, choose_int8, find_units, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, validate
+from .profiles import apply_profiles
 
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
+_PROFILE_IMAGES = 64  # images that channel profiles are taken from; held in memory for a second pass
 _CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
 
 
@@ -36,6 +39,7 @@ def quantize(
     criterion: str = "mse",
     coverage: float = 0.9999,
     bias_correction: bool = True,
+    channel_profile: bool | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
@@ -53,6 +57,8 @@ def quantize(
     criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
     coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
+    channel_profile: a static factor per channel, folded into the weights around a tensor (profiles.py). None: for the
+        probabilistic strategy; static and dynamic quantization are then what is commonly meant by it.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
 
     Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
@@ -84,11 +90,17 @@ def quantize(
 
     settings = {
         "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
-        "bias_correction": bool(bias_correction),
+        "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
     }  # fmt: skip
+    batches = chain([example], (_inputs(batch, positional) for batch in batches))
+    profiles = {}
+    if settings["channel_profile"]:
+        head = _take(batches, _PROFILE_IMAGES)
+        profiles = apply_profiles(graph_module, units, (chunk for inputs in head for chunk in _chunks(inputs)))
+        batches = chain(head, batches)
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
-    _calibrate(graph_module, plans, example, batches, positional, progress)
-    qmodel = _Writer(graph_module, units, plans, settings).write()
+    _calibrate(graph_module, plans, batches, progress)
+    qmodel = _Writer(graph_module, units, plans, settings, profiles).write()
     validate(qmodel)
     return qmodel
 
@@ -174,6 +186,25 @@ def _selector(units: list[Unit], include, exclude):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Calibration
+
+
+def _chunks(inputs: tuple) -> Iterator[tuple]:
+    """The model's inputs for at most _CALIBRATION_CHUNK images at a time."""
+    count = inputs[0].shape[0]
+    for begin in range(0, count, _CALIBRATION_CHUNK):
+        end = begin + _CALIBRATION_CHUNK
+        yield tuple(x[begin:end] if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == count else x for x in inputs)
+
+
+def _take(batches: Iterator[tuple], images: int) -> list[tuple]:
+    """The first batches, until they hold so many images."""
+    taken: list[tuple] = []
+    while sum(inputs[0].shape[0] for inputs in taken) < images:
+        inputs = next(batches, None)
+        if inputs is None:
+            break
+        taken.append(inputs)
+    return taken
 
 
 class _Plan:
@@ -288,7 +319,7 @@ class _Plan:
             self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, coverage))
 
 
-def _calibrate(graph_module, plans: list[_Plan], example, batches, positional, progress: bool) -> None:
+def _calibrate(graph_module, plans: list[_Plan], batches: Iterator[tuple], progress: bool) -> None:
     if all(plan.fit is None and plan.bias_fit is None for plan in plans):
         return
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
@@ -304,23 +335,15 @@ def _calibrate(graph_module, plans: list[_Plan], example, batches, positional, p
                 self.values[node] = result
             return result
 
-    def all_inputs():
-        yield example
-        for batch in batches:
-            yield _inputs(batch, positional)
-
     first = True
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
-        for inputs in all_inputs():
-            count = inputs[0].shape[0]
-            for begin in range(0, count, _CALIBRATION_CHUNK):
-                chunk = tuple(x[begin : begin + _CALIBRATION_CHUNK] if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == count else x for x in inputs)
-                observer = Observer()
-                observer.run(*chunk)
-                for plan in plans:
-                    plan.observe(observer.values, first)
-                first = False
-                bar.update(chunk[0].shape[0])
+        for chunk in (chunk for inputs in batches for chunk in _chunks(inputs)):
+            observer = Observer()
+            observer.run(*chunk)
+            for plan in plans:
+                plan.observe(observer.values, first)
+            first = False
+            bar.update(chunk[0].shape[0])
     for plan in plans:
         plan.finish()
 
@@ -332,8 +355,8 @@ def _calibrate(graph_module, plans: list[_Plan], example, batches, positional, p
 class _Writer:
     """Writes the int8 graph: units become probquant ops, everything else is copied; dequantize and quantize where they meet."""
 
-    def __init__(self, source: fx.GraphModule, units: list[Unit], plans: list[_Plan], settings: dict):
-        self.source, self.units, self.settings = source, units, settings
+    def __init__(self, source: fx.GraphModule, units: list[Unit], plans: list[_Plan], settings: dict, profiles: dict[fx.Node, torch.Tensor]):
+        self.source, self.units, self.settings, self.profiles = source, units, settings, profiles
         self.plans = {id(plan.unit): plan for plan in plans}
         self.graph = fx.Graph()
         self.graph._codegen = source.graph._codegen
@@ -409,6 +432,9 @@ class _Writer:
         if node is None:  # flatten: the codes only change shape
             return
         node.meta["layer"] = unit.name
+        if unit.output in self.profiles:
+            self.tensor(plan, "profile", self.profiles[unit.output])  # for capture(); no kernel reads it
+            node.meta["profile"] = f"int8_layers.{self.names[id(unit)]}.profile"
         parts = self.unpack(node)
         if unit.quantized_output:
             if unit.options.get("flatten"):

@@ -15,8 +15,8 @@ import torch
 
 from ._ops import Activation, Strategy, ops
 
-#: Candidates for alpha and beta: 0.5 to 32 standard deviations, 12 % apart.
-WIDTHS = tuple(0.5 * 64 ** (i / 36) for i in range(37))
+#: Candidates for alpha and beta: 0.5 to 32 standard deviations, 6 % apart.
+WIDTHS = tuple(0.5 * 64 ** (i / 72) for i in range(73))
 _BINS = 2048
 
 CRITERIA = ("mse", "coverage", "minmax")

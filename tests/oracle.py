@@ -97,7 +97,7 @@ def bounds(lo, hi) -> tuple[np.float32, np.float32]:
 
 def exact_range(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minimum and maximum of every sample (dimension 0); NaNs are passed over; infinite where nothing is left."""
-    y = y.reshape(len(y), -1)
+    y = y.reshape(len(y), math.prod(y.shape[1:]))
     return np.fmin.reduce(y, axis=1, initial=INFINITY), np.fmax.reduce(y, axis=1, initial=-INFINITY)
 
 
@@ -231,7 +231,7 @@ def nan_where_invalid(scale) -> np.ndarray:
 @quiet
 def quantize(x: np.ndarray, scale=None, zero_point=None, channel_stats: bool = False) -> Codes:
     """x: float32 [samples, ..., channels]; scale and zero_point: one value each, or None for the exact range."""
-    values = x.reshape(len(x), -1) if len(x) else np.zeros((0, 1), dtype=np.float32)
+    values = x.reshape(len(x), math.prod(x.shape[1:]))
     if scale is None:
         lo, hi = (values.min(1), values.max(1)) if values.size else (np.zeros(len(x)), np.zeros(len(x)))
         s, z = parameters(f32(lo), f32(hi))
@@ -297,10 +297,10 @@ class Layer(NamedTuple):
 def accumulators(x: Codes, layer: Layer) -> np.ndarray:
     """sum_k (q_k - z_x) w_ok, int64 [N, OH, OW, O]; fails where int32 would overflow."""
     fields, groups, out_channels = layer.geometry.fields(centred(x)), layer.geometry.groups, len(layer.weight)
-    n, oh, ow = fields.shape[:3]
-    inputs = fields.shape[-1] // groups
-    fields = fields.reshape(n * oh * ow, -1, groups, inputs).transpose(2, 0, 1, 3).reshape(groups, n * oh * ow, -1)
-    weight = layer.weight.astype(np.int64).reshape(groups, out_channels // groups, -1)
+    n, oh, ow, kh, kw, channels = fields.shape
+    terms = kh * kw * channels // groups
+    fields = fields.reshape(n * oh * ow, kh * kw, groups, channels // groups).transpose(2, 0, 1, 3).reshape(groups, n * oh * ow, terms)
+    weight = layer.weight.astype(np.int64).reshape(groups, out_channels // groups, terms)
     acc = np.matmul(fields, weight.transpose(0, 2, 1)).transpose(1, 0, 2).reshape(n, oh, ow, out_channels)
     assert acc.size == 0 or np.abs(acc).max() < 2**31
     return acc
@@ -323,7 +323,7 @@ def field_moments(x: Codes, layer: Layer, gamma: int, per_group: bool) -> tuple[
         fields = fields.reshape(n, oh * ow, kh * kw, groups, channels // groups)
         t1, t2 = fields.sum((2, 4)), (fields * fields).sum((2, 4))  # [n, positions, groups]
         if not per_group:
-            t1, t2 = t1.reshape(n, -1, 1), t2.reshape(n, -1, 1)
+            t1, t2 = (part.reshape(n, oh * ow * groups, 1) for part in (t1, t2))
         count = float(t1.shape[1])
         mean, square, of_squared = (part.sum(1).astype(np.float64) / count for part in (t1, t2, t1 * t1))
         parts = [mean, square, np.maximum(of_squared - mean * mean, 0.0)]

@@ -199,34 +199,27 @@ struct FastCodes {
 
   template <int R, int T>
   struct Tile {
-    __m512i packed[R][T][2];  ///< 16-bit codes of parts 0 and 1, of 2 and 3
+    __m512i codes[R][T], packed[R][T][2];  ///< of the part before; 16-bit codes of parts 0 and 1, of 2 and 3
   };
 
-  template <int kHalf, int R, int T>
-  __attribute__((always_inline)) void half(const __m512i (&acc)[R][T][2], const Place (&places)[R][T], Tile<R, T>& tile) {
+  template <int kPart, int R, int T>
+  __attribute__((always_inline)) void part(const __m512i (&acc)[R][T], const Place (&places)[R][T], Tile<R, T>& tile) {
     const __m512 upper = _mm512_set1_ps(w->upper_edge), lower = _mm512_set1_ps(w->lower_edge);
     const __m512i minus_one = _mm512_set1_epi32(-1), zero_point = _mm512_set1_epi16(static_cast<int16_t>(w->s->y_zero_point));
-    __m512i codes[R][T][2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const int part = 2 * kHalf + j;
-      const __m512 multiplier = _mm512_load_ps(w->multiplier[part]), bias = _mm512_load_ps(w->bias[part]);
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t][j]), multiplier, bias);
-          __mmask16 outside = _mm512_cmp_ps_mask(v, upper, _CMP_GT_OQ);
-          if (kBothEdges) outside = static_cast<__mmask16>(outside | _mm512_cmp_ps_mask(v, lower, _CMP_LT_OQ));
-          if (!kFull) outside = static_cast<__mmask16>(outside & part_mask(places[r][t].mask, part));
-          clipped[part] = _mm512_mask_sub_epi32(clipped[part], outside, clipped[part], minus_one);
-          codes[r][t][j] = _mm512_cvtps_epi32(v);
-        }
-    }
+    const __m512 multiplier = _mm512_load_ps(w->multiplier[kPart]), bias = _mm512_load_ps(w->bias[kPart]);
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) tile.packed[r][t][kHalf] = _mm512_adds_epi16(_mm512_packs_epi32(codes[r][t][0], codes[r][t][1]), zero_point);
+      for (int t = 0; t < T; ++t) {
+        const __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t]), multiplier, bias);
+        __mmask16 outside = _mm512_cmp_ps_mask(v, upper, _CMP_GT_OQ);
+        if (kBothEdges) outside = static_cast<__mmask16>(outside | _mm512_cmp_ps_mask(v, lower, _CMP_LT_OQ));
+        if (!kFull) outside = static_cast<__mmask16>(outside & part_mask(places[r][t].mask, kPart));
+        clipped[kPart] = _mm512_mask_sub_epi32(clipped[kPart], outside, clipped[kPart], minus_one);
+        const __m512i codes = _mm512_cvtps_epi32(v);
+        if (kPart % 2) tile.packed[r][t][kPart / 2] = _mm512_adds_epi16(_mm512_packs_epi32(tile.codes[r][t], codes), zero_point);
+        else tile.codes[r][t] = codes;
+      }
   }
 
   template <int R, int T>
@@ -276,11 +269,10 @@ struct OneByOne {
   struct Tile {
     VectorOfParts acc[R][T];
   };
-  template <int kHalf, int R, int T>
-  void half(const __m512i (&acc)[R][T][2], const Place (&)[R][T], Tile<R, T>& tile) {
+  template <int kPart, int R, int T>
+  void part(const __m512i (&acc)[R][T], const Place (&)[R][T], Tile<R, T>& tile) {
     for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t)
-        for (int j = 0; j < 2; ++j) tile.acc[r][t].part[2 * kHalf + j] = acc[r][t][j];
+      for (int t = 0; t < T; ++t) tile.acc[r][t].part[kPart] = acc[r][t];
   }
   template <int R, int T>
   void store(const Tile<R, T>& tile, const Place (&places)[R][T]) {
@@ -433,31 +425,26 @@ inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
 }
 
-/// The accumulators of R rows x T columns, parts 2 kHalf and 2 kHalf + 1. `column` is the strip at the first kernel column
-/// of the first output column.
-template <int kHalf, bool kThreeTaps, int R, int T>
+/// The accumulators of R rows x T columns of one part. `column` is the strip at the first kernel column of the first
+/// output column.
+template <int kPart, bool kThreeTaps, int R, int T>
 __attribute__((always_inline)) inline void accumulate(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step,
-                                                      __m512i (&acc)[R][T][2]) {
+                                                      __m512i (&acc)[R][T]) {
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j)
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[r][t][j] = _mm512_load_si512(w.correction[2 * kHalf + j]);
-  const int8_t* weights = w.g.weights[0] + 2 * kHalf * kVector;
-  column += 2 * kHalf * kVector;
+    for (int t = 0; t < T; ++t) acc[r][t] = _mm512_load_si512(w.correction[kPart]);
+  const int8_t* weights = w.g.weights[0] + kPart * kVector;
+  column += kPart * kVector;
   const auto step = [&](const uint8_t* x) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      __m512i rows[R];
-      rows[0] = _mm512_load_si512(weights + j * kVector);
-      if (R == 2) rows[R - 1] = _mm512_load_si512(weights + kMaxSteps * kQuadBytes + j * kVector);
+    __m512i rows[R];
+    rows[0] = _mm512_load_si512(weights);
+    if (R == 2) rows[R - 1] = _mm512_load_si512(weights + kMaxSteps * kQuadBytes);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const __m512i v = _mm512_load_si512(x + t * column_step + j * kVector);
+    for (int t = 0; t < T; ++t) {
+      const __m512i v = _mm512_load_si512(x + t * column_step);
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, rows[r]);
-      }
+      for (int r = 0; r < R; ++r) dot(acc[r][t], v, rows[r]);
     }
     weights += kQuadBytes;
   };
@@ -524,11 +511,12 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
       for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) places[r][t] = {place[r].at + (ox + t) * channels, place[r].slot_step, place[r].mask};
       typename Epilogue::template Tile<R, T> outputs;
-      __m512i acc[R][T][2];
-      accumulate<0, kThreeTaps>(w, column, tap_step, column_step, acc);
-      epilogue.template half<0>(acc, places, outputs);
-      accumulate<1, kThreeTaps>(w, column, tap_step, column_step, acc);
-      epilogue.template half<1>(acc, places, outputs);
+      const auto part = [&](auto index) __attribute__((always_inline)) {
+        __m512i acc[R][T];
+        accumulate<decltype(index)::value, kThreeTaps>(w, column, tap_step, column_step, acc);
+        epilogue.template part<decltype(index)::value>(acc, places, outputs);
+      };
+      part(Size<0>{}), part(Size<1>{}), part(Size<2>{}), part(Size<3>{});
       epilogue.store(outputs, places);
       ox += T;
       column += T * column_step;
