@@ -41,7 +41,7 @@ void quantize(const FloatView& x, const float* scale, const int32_t* zero_point,
   require(scale != nullptr || workspace != nullptr, "quantize: without given parameters a workspace is needed");
   const FloatSource source{x.data, x.dtype, x.size[2], {x.stride[0], x.stride[1], x.stride[2], x.stride[3]}};
   auto* partials = static_cast<Range*>(workspace);
-  clear(y.stats, p.samples * stats_columns(p.channels, y.channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+  clear("quantize", y.stats, p.samples * stats_columns(p.channels, y.channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
   if (!scale) launch_range(p, source, partials, stream);
   launch_quantize(p, source, partials, scale, zero_point, y, stream);
 }
@@ -56,7 +56,7 @@ void dequantize(const QuantizedInput& x, int64_t samples, int64_t count, DType d
 void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats, void* stream) {
   require(samples >= 0 && count >= 0, "moments: negative size [", samples, ", ", count, "]");
   require(channels > 0 && count % channels == 0, "moments: channels ", channels, " does not divide the sample's ", count, " values");
-  clear(stats, samples * stats_columns(channels, channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+  clear("moments", stats, samples * stats_columns(channels, channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
   if (samples == 0 || count == 0) return;
   launch_moments(checked_partition("moments", samples, count / channels, channels), q, channel_stats, stats, stream);
 }

@@ -1,7 +1,7 @@
 // dequantize: y = scale * (q - zero_point), narrowed half to even.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, no shared memory. A warp reads one sector of codes and writes
-// whole sectors of floats. Bound by memory.
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 32 registers (8 blocks per multiprocessor), no shared
+// memory. A warp reads one sector of codes and writes whole sectors of floats. Bound by memory.
 #include "place.cuh"
 #include "runtime.h"
 

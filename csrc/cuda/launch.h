@@ -34,7 +34,7 @@ void launch_dequantize(const Partition& partition, const QuantizedInput& x, DTyp
 /// moments.cu: adds to stats.
 void launch_moments(const Partition& partition, const uint8_t* q, bool channel_stats, int64_t* stats, void* stream);
 
-/// runtime.cpp: fills with zero bytes, on the stream.
-void clear(void* data, int64_t bytes, void* stream);
+/// runtime.cpp: fills with zero bytes, on the stream; `op` names the caller in errors.
+void clear(const char* op, void* data, int64_t bytes, void* stream);
 
 }  // namespace probquant::cuda

@@ -1,7 +1,7 @@
 // moments: sums and sums of squares of codes, per sample and on request per channel.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, 4,288 bytes of static shared memory. Reads every code once; 3 atomics
-// per block, with channel stats 2 more per channel of its tile. Bound by memory.
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,240 bytes of static
+// shared memory. Reads every code once; 3 atomics per block, with channel stats 2 more per channel of its tile. Bound by memory.
 #include "reduce.cuh"
 #include "runtime.h"
 

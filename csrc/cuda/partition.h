@@ -15,17 +15,19 @@ struct Partition {
   int32_t channel_lanes, position_lanes;  ///< channel_lanes * position_lanes <= threads; threads beyond idle
   int32_t threads;                        ///< per block: whole warps
   int32_t channel_tiles;                  ///< of channel_lanes channels
-  int32_t position_parts;                 ///< of part_positions positions
+  int64_t position_parts;                 ///< of part_positions positions
   int64_t part_positions;
 
-  PROBQUANT_HOST_DEVICE constexpr int64_t blocks_per_sample() const { return static_cast<int64_t>(channel_tiles) * position_parts; }
+  PROBQUANT_HOST_DEVICE constexpr int64_t blocks_per_sample() const { return channel_tiles * position_parts; }
   constexpr int64_t blocks() const { return samples * blocks_per_sample(); }
 };
 
-/// Aims at kWantedBlocks blocks: enough to fill 132 multiprocessors with 8 blocks each. A thread gets at least 4
-/// values, so that its setup and the block's reduction stay small beside its work, and at most as many as keep the blocks of
-/// a sample (whose partial ranges every block of the sample reads again) below kMaxBlocksPerSample.
-inline constexpr int64_t kWantedBlocks = 1056, kMinPerThread = 4, kMaxBlocksPerSample = 1024;
+/// Aims at kWantedBlocks blocks: enough to fill 132 multiprocessors with 8 blocks each. A thread gets at least
+/// kMinPerThread values, so that its setup and the block's reduction stay small beside its work, and no more than
+/// kMaxPerThread, whose squares still sum up in 32 bits. In between, a sample has at most kMaxBlocksPerSample blocks: each of
+/// them reads the partial ranges of all.
+inline constexpr int64_t kWantedBlocks = 1056, kMinPerThread = 4, kMaxPerThread = 65536, kMaxBlocksPerSample = 1024;
+static_assert(kMaxPerThread * 255 * 255 < int64_t{1} << 32, "a thread sums squares of codes in 32 bits");
 
 /// Every size may be 0; a sample has at least one block, which writes its parameters.
 constexpr Partition make_partition(int64_t samples, int64_t positions, int64_t channels) {
@@ -36,14 +38,14 @@ constexpr Partition make_partition(int64_t samples, int64_t positions, int64_t c
   const int64_t rows = at_least_1(smaller(kMaxThreads / lanes, positions));
   const int64_t wanted_parts = at_least_1(kWantedBlocks / at_least_1(samples * tiles));
   const int64_t most_parts = at_least_1(smaller(divide_up(positions, rows * kMinPerThread), kMaxBlocksPerSample / tiles));
-  const int64_t part_positions = at_least_1(divide_up(positions, smaller(wanted_parts, most_parts)));
+  const int64_t part_positions = smaller(at_least_1(divide_up(positions, smaller(wanted_parts, most_parts))), rows * kMaxPerThread);
   Partition p{};
   p.samples = samples, p.positions = positions, p.channels = channels;
   p.channel_lanes = static_cast<int32_t>(lanes);
   p.position_lanes = static_cast<int32_t>(rows);
   p.threads = static_cast<int32_t>(divide_up(lanes * rows, 32) * 32);
   p.channel_tiles = static_cast<int32_t>(tiles);
-  p.position_parts = static_cast<int32_t>(at_least_1(divide_up(positions, part_positions)));
+  p.position_parts = at_least_1(divide_up(positions, part_positions));
   p.part_positions = part_positions;
   return p;
 }

@@ -1,8 +1,9 @@
 // quantize: every block finds its sample's parameters (from the partial ranges, which all blocks of the sample read, or
 // from the given ones), writes its codes and adds their moments to the sample's stats.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, 4,352 bytes of static shared memory. Reads every value and the
-// sample's partials once, writes a byte per value; 3 atomics per block, with channel stats 2 more per channel of its tile.
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,304 bytes of static
+// shared memory. A block reads its values and the sample's partials once and writes a byte per value; 3 atomics per block, with
+// channel stats 2 more per channel of its tile.
 // Bound by memory. Sectors are used fully where channels are dense (NHWC, rows) or there are fewer than 8 of them per
 // pixel; NCHW with many channels reads a sector per value and leaves the rest to the L1 cache.
 #include "reduce.cuh"

@@ -1,7 +1,7 @@
 // First pass of quantize without given parameters: the range of what each block saw.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, 64 bytes of static shared memory. Reads every value once; writes
-// 8 bytes per block, so nothing needs clearing. Bound by memory.
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 34 registers (6 blocks per multiprocessor), 64 bytes of static
+// shared memory. Reads every value once; writes 8 bytes per block, so nothing needs clearing. Bound by memory.
 #include "reduce.cuh"
 #include "runtime.h"
 

@@ -27,9 +27,9 @@ __device__ inline Range block_range(Range r) {
   return r;
 }
 
-/// Moments of the codes one thread has seen, all of one channel.
+/// Moments of the codes one thread has seen, all of one channel, at most kMaxPerThread of them.
 struct Moments {
-  unsigned long long sum = 0, squares = 0, clipped = 0;
+  uint32_t sum = 0, squares = 0, clipped = 0;
 
   __device__ void add(uint32_t q) { sum += q, squares += q * q; }
 };
@@ -39,9 +39,10 @@ struct Moments {
 __device__ inline void add_to_stats(const Partition& p, const Place& place, const Moments& moments, bool channel_stats, int64_t* stats_row) {
   using Sum = unsigned long long;
   __shared__ Sum of_warp[kStatsSample][kMaxWarps];
-  __shared__ Sum of_thread[2][kMaxThreads];  // by [position_lane][channel_lane]
+  __shared__ uint32_t of_thread[2][kMaxThreads];  // by [position_lane][channel_lane]
   const auto add = [](Sum a, Sum b) { return a + b; };
-  const Sum totals[kStatsSample] = {warp_reduce(moments.sum, add), warp_reduce(moments.squares, add), warp_reduce(moments.clipped, add)};
+  const Sum totals[kStatsSample] = {warp_reduce(Sum{moments.sum}, add), warp_reduce(Sum{moments.squares}, add),
+                                    warp_reduce(Sum{moments.clipped}, add)};
   if (threadIdx.x % 32 == 0)
     for (int column = 0; column < kStatsSample; ++column) of_warp[column][threadIdx.x / 32] = totals[column];
   if (channel_stats) {

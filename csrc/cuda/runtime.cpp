@@ -1,3 +1,5 @@
+// Errors of the CUDA runtime in words, and memory cleared on a stream. The library links the static run-time library: it loads
+// on machines without a driver, where the first call of the runtime gives the error.
 #include "runtime.h"
 
 #include "launch.h"
@@ -29,8 +31,8 @@ void throw_cuda_error(const char* what, cudaError_t error) {
               (reason.empty() ? "" : ")"));
 }
 
-void clear(void* data, int64_t bytes, void* stream) {
-  if (bytes > 0) check("clear", cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+void clear(const char* op, void* data, int64_t bytes, void* stream) {
+  if (bytes > 0) check(op, cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace probquant::cuda

@@ -1,0 +1,243 @@
+// Runs the CUDA kernels of csrc/cuda on the CPU and compares every byte they write with what the CPU kernels write: quantize,
+// dequantize and moments, over odd shapes, layouts, dtypes and special values. Guard bytes around every buffer must stay.
+//
+//   kernels_test [forward|backward|random] [seed]        exit status 0 if all is equal
+#include <probquant/cuda.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "core/float_formats.h"
+#include "core/numerics.h"
+#include "cuda/launch.h"
+#include "fibers.h"
+
+namespace {
+
+using namespace probquant;
+
+int cases = 0, failures = 0;
+
+void fail(const std::string& what) {
+  if (++failures <= 20) std::printf("failed: %s\n", what.c_str());
+}
+
+/// A buffer of exactly `bytes` bytes on the heap (so that AddressSanitizer sees its ends) or, without it, with guards; filled with
+/// garbage, so that a value nobody wrote differs between two runs.
+class Buffer {
+ public:
+  Buffer(int64_t bytes, uint8_t garbage) : bytes_(static_cast<size_t>(bytes)), garbage_(garbage), data_(bytes_ + 2 * kGuard, garbage) {}
+  ~Buffer() {
+    for (size_t i = 0; i < kGuard; ++i)
+      if (data_[i] != garbage_ || data_[kGuard + bytes_ + i] != garbage_) {
+        fail("guard bytes were overwritten");
+        break;
+      }
+  }
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(data_.data() + kGuard);
+  }
+  bool same(Buffer& other) { return bytes_ == 0 || std::memcmp(as<char>(), other.as<char>(), bytes_) == 0; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 64;
+#endif
+  size_t bytes_;
+  uint8_t garbage_;
+  std::vector<uint8_t> data_;
+};
+
+uint32_t random_bits() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>(state >> 32);
+}
+float random_float() { return static_cast<float>(static_cast<int32_t>(random_bits())) / 1e9f; }
+
+const char* name(DType dtype) { return dtype == DType::float32 ? "float32" : dtype == DType::float16 ? "float16" : "bfloat16"; }
+int64_t element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+struct Shape {
+  int64_t samples, rows, columns, channels;
+  int64_t positions() const { return rows * columns; }
+  int64_t count() const { return positions() * channels; }
+};
+
+std::string text(const Shape& s) {
+  return "[" + std::to_string(s.samples) + ", " + std::to_string(s.rows) + ", " + std::to_string(s.columns) + ", " + std::to_string(s.channels) + "]";
+}
+
+enum class Layout { nhwc, nchw, crop, mirrored };
+enum class Values { usual, one_nan, one_infinity, huge, tiny, constant, zeros, positive };
+const char* const kValueNames[] = {"usual", "one NaN", "one infinity", "huge", "tiny", "constant", "zeros", "positive"};
+
+/// A float tensor in some layout, in memory that holds nothing else (but for what a crop leaves out).
+struct Image {
+  FloatView view;
+  Buffer memory;
+
+  Image(const Shape& s, DType dtype, Layout layout, Values values)
+      : memory(element_bytes(dtype) * s.samples * (s.rows + (layout == Layout::crop)) * (s.columns + 2 * (layout == Layout::crop)) * s.channels,
+               0x7f) {
+    const int64_t rows = s.rows + (layout == Layout::crop), columns = s.columns + 2 * (layout == Layout::crop);
+    view.dtype = dtype;
+    const int64_t size[4] = {s.samples, s.rows, s.columns, s.channels};
+    const int64_t nhwc[4] = {rows * columns * s.channels, columns * s.channels, s.channels, 1};
+    const int64_t nchw[4] = {rows * columns * s.channels, columns, 1, rows * columns};
+    int64_t offset = 0;
+    for (int i = 0; i < 4; ++i) view.size[i] = size[i], view.stride[i] = layout == Layout::nchw ? nchw[i] : nhwc[i];
+    if (layout == Layout::crop) offset = view.stride[1] + view.stride[2];
+    if (layout == Layout::mirrored && s.columns > 0) offset = (s.columns - 1) * view.stride[2], view.stride[2] = -view.stride[2];
+    char* data = memory.as<char>() + offset * element_bytes(dtype);
+    view.data = data;
+    const int64_t special = s.samples * s.count() > 0 ? random_bits() % (s.samples * s.count()) : 0;
+    int64_t i = 0;
+    for (int64_t n = 0; n < s.samples; ++n)
+      for (int64_t y = 0; y < s.rows; ++y)
+        for (int64_t x = 0; x < s.columns; ++x)
+          for (int64_t c = 0; c < s.channels; ++c, ++i) {
+            float value = random_float();
+            if (values == Values::huge) value *= 1.5e38f;
+            if (values == Values::tiny) value *= 1e-38f;
+            if (values == Values::constant) value = -0.375f;
+            if (values == Values::zeros) value = random_bits() % 2 ? 0.0f : -0.0f;
+            if (values == Values::positive) value = value * value + 1;
+            if (i == special && values == Values::one_nan) value = kNan;
+            if (i == special && values == Values::one_infinity) value = random_bits() % 2 ? kInfinity : -kInfinity;
+            store_float(data, dtype, n * view.stride[0] + y * view.stride[1] + x * view.stride[2] + c * view.stride[3], value);
+          }
+  }
+};
+
+/// The four outputs of an op.
+struct Outputs {
+  Buffer q, scale, zero_point, stats;
+  bool channel_stats;
+
+  Outputs(const Shape& s, bool with_channels, uint8_t garbage)
+      : q(s.samples * s.count(), garbage),
+        scale(s.samples * 4, garbage),
+        zero_point(s.samples * 4, garbage),
+        stats(s.samples * 8 * stats_columns(s.channels, with_channels), garbage),
+        channel_stats(with_channels) {}
+  QuantizedOutput pointers() { return {q.as<uint8_t>(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), channel_stats}; }
+};
+
+void test_quantize(const Shape& s, DType dtype, Layout layout, Values values, bool channel_stats, const float* scale, const int32_t* zero_point) {
+  ++cases;
+  Image x(s, dtype, layout, values);
+  Outputs wanted(s, channel_stats, 0x11), got(s, channel_stats, 0xee);
+  quantize(x.view, scale, zero_point, wanted.pointers(), serial_executor());
+  Buffer workspace(cuda::quantize_workspace_bytes(x.view, scale != nullptr), 0xcc);
+  cuda::quantize(x.view, scale, zero_point, got.pointers(), workspace.as<void>(), nullptr);
+  const std::string what = "quantize " + text(s) + " " + name(dtype) + ", " + kValueNames[static_cast<int>(values)] + ", layout " +
+                           std::to_string(static_cast<int>(layout)) + (channel_stats ? ", channel stats" : "") + (scale ? ", given scale" : "");
+  if (!wanted.scale.same(got.scale)) fail(what + ": scale");
+  if (!wanted.zero_point.same(got.zero_point)) fail(what + ": zero_point");
+  if (!wanted.q.same(got.q)) fail(what + ": q");
+  if (!wanted.stats.same(got.stats)) fail(what + ": stats");
+}
+
+void test_dequantize(int64_t samples, int64_t count, DType dtype) {
+  ++cases;
+  Buffer q(samples * count, 1), scale(samples * 4, 2), zero_point(samples * 4, 3);
+  const float scales[] = {0.01f, 3e36f, 1e-38f, kNan, 0.0f, -1.0f, kInfinity, 7.7e-6f};
+  const int32_t zero_points[] = {128, 0, 255, 3, -7, 1000};
+  for (int64_t i = 0; i < samples * count; ++i) q.as<uint8_t>()[i] = static_cast<uint8_t>(random_bits() >> 8);
+  for (int64_t n = 0; n < samples; ++n) scale.as<float>()[n] = scales[n % 8], zero_point.as<int32_t>()[n] = zero_points[n % 6];
+  QuantizedInput x;
+  x.q = q.as<uint8_t>(), x.scale = scale.as<float>(), x.zero_point = zero_point.as<int32_t>();
+  Buffer wanted(samples * count * element_bytes(dtype), 0x11), got(samples * count * element_bytes(dtype), 0xee);
+  dequantize(x, samples, count, dtype, wanted.as<void>(), serial_executor());
+  cuda::dequantize(x, samples, count, dtype, got.as<void>(), nullptr);
+  if (!wanted.same(got)) fail("dequantize [" + std::to_string(samples) + ", " + std::to_string(count) + "] " + name(dtype));
+}
+
+void test_moments(const Shape& s, bool channel_stats) {
+  ++cases;
+  Buffer q(s.samples * s.count(), 0);
+  const bool all_255 = random_bits() % 4 == 0;
+  for (int64_t i = 0; i < s.samples * s.count(); ++i) q.as<uint8_t>()[i] = static_cast<uint8_t>(all_255 ? 255 : random_bits() >> 8);
+  const int64_t bytes = s.samples * 8 * stats_columns(s.channels, channel_stats);
+  Buffer wanted(bytes, 0x11), got(bytes, 0xee);
+  moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, wanted.as<int64_t>(), serial_executor());
+  cuda::moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, got.as<int64_t>(), nullptr);
+  if (!wanted.same(got)) fail("moments " + text(s) + (channel_stats ? ", channel stats" : ""));
+}
+
+/// Every value belongs to exactly one thread of one block.
+void test_partition(int64_t samples, int64_t positions, int64_t channels) {
+  ++cases;
+  const cuda::Partition p = cuda::make_partition(samples, positions, channels);
+  const bool right = p.threads % 32 == 0 && p.threads <= cuda::kMaxThreads && p.channel_lanes * p.position_lanes <= p.threads &&
+                     int64_t{p.channel_lanes} * p.channel_tiles >= channels &&
+                     int64_t{p.channel_lanes} * (p.channel_tiles - 1) < (channels > 0 ? channels : 1) &&
+                     p.part_positions * p.position_parts >= positions &&
+                     p.part_positions * (p.position_parts - 1) < (positions > 0 ? positions : 1) &&
+                     p.part_positions <= p.position_lanes * cuda::kMaxPerThread && p.blocks_per_sample() >= 1;
+  if (!right) fail("partition of " + std::to_string(samples) + " x " + std::to_string(positions) + " x " + std::to_string(channels));
+}
+
+const Shape kShapes[] = {{1, 1, 1, 1},   {2, 7, 5, 3},   {0, 3, 3, 3},  {3, 4, 4, 64}, {2, 5, 3, 257},  {1, 1, 1, 1000}, {5, 1, 7, 96},
+                         {2, 0, 3, 4},   {2, 3, 4, 0},   {1, 33, 31, 3}, {1, 64, 48, 3}, {40, 1, 1, 17}, {1, 1, 300, 1},  {1, 9, 11, 128},
+                         {3, 13, 1, 31}, {2, 1, 13, 33}, {1, 2, 700, 5}};
+
+}  // namespace
+
+int main(int argument_count, char** arguments) try {
+  const std::string order = argument_count > 1 ? arguments[1] : "forward";
+  cuda_on_cpu::options().order = order == "random"     ? cuda_on_cpu::Order::random
+                                 : order == "backward" ? cuda_on_cpu::Order::backward
+                                                       : cuda_on_cpu::Order::forward;
+  if (argument_count > 2) cuda_on_cpu::options().seed = static_cast<uint64_t>(std::atoll(arguments[2]));
+
+  const DType dtypes[] = {DType::float32, DType::float16, DType::bfloat16};
+  const Layout layouts[] = {Layout::nhwc, Layout::nchw, Layout::crop, Layout::mirrored};
+  int turn = 0;
+  for (const Shape& s : kShapes) {
+    for (const DType dtype : dtypes) {
+      test_quantize(s, dtype, layouts[turn++ % 4], Values::usual, true, nullptr, nullptr);
+      test_quantize(s, dtype, layouts[turn++ % 4], Values::usual, false, nullptr, nullptr);
+      const float scale = 0.0078f;
+      const int32_t zero_point = 100;
+      test_quantize(s, dtype, layouts[turn++ % 4], Values::usual, true, &scale, &zero_point);
+    }
+    for (const bool channel_stats : {false, true})
+      if (s.channels > 0) test_moments(s, channel_stats);
+  }
+  for (int values = 1; values <= static_cast<int>(Values::positive); ++values)
+    for (const DType dtype : dtypes)
+      for (const Layout layout : layouts) test_quantize({3, 7, 9, 5}, dtype, layout, static_cast<Values>(values), true, nullptr, nullptr);
+  const float scales[] = {kNan, 0.0f, -0.5f, kInfinity, 1e-40f, 1e-30f, 1e30f};
+  const int32_t zero_points[] = {-3, 0, 255, 700};
+  for (const float scale : scales)
+    for (const int32_t zero_point : zero_points)
+      for (const Values values : {Values::usual, Values::one_nan, Values::one_infinity}) {
+        test_quantize({2, 5, 3, 7}, dtypes[turn % 3], Layout::nhwc, values, turn % 2 == 0, &scale, &zero_point);
+        ++turn;
+      }
+  for (const DType dtype : dtypes)
+    for (const int64_t count : {0, 1, 255, 256, 1027, 5000}) test_dequantize(9, count, dtype);
+  if (order == "forward")  // more tiles than kMaxBlocksPerSample: half of all threads here, so once is enough
+    test_quantize({1, 1, 1, 300007}, DType::float32, Layout::nhwc, Values::usual, true, nullptr, nullptr);
+  for (int i = 0; i < 20000; ++i) {
+    const auto size = [] { return static_cast<int64_t>(random_bits() % 4 ? random_bits() % 600 : random_bits() % 3000000); };
+    test_partition(size(), size(), size());
+  }
+
+  test_partition(1, int64_t{1} << 33, 256);
+  const cuda_on_cpu::Counters& c = cuda_on_cpu::counters();
+  std::printf("%d cases, %d failures; order %s: %lld launches, %lld blocks, %lld threads\n", cases, failures, order.c_str(),
+              static_cast<long long>(c.launches), static_cast<long long>(c.blocks), static_cast<long long>(c.threads));
+  return failures == 0 ? 0 : 1;
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
+}
