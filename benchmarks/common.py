@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import random
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +66,7 @@ def describe_run() -> dict:
     """The circumstances of a run: machine, versions, date, load. Taken at its start; goes into the context file."""
     facts, caches = cpu_facts(), cache_bytes()
     run = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(Path(argument).name if os.sep in argument else argument for argument in sys.argv),  # folders are nobody's business
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": facts.get("model name", platform.processor()),
         "cpu_family_model": f"{facts.get('cpu family', '?')}/{facts.get('model', '?')}",
@@ -96,6 +101,19 @@ def pin(threads: int) -> None:
     if threads > len(_ALLOWED):
         raise SystemExit(f"--threads {threads}: this process may use {len(_ALLOWED)} CPUs")
     os.sched_setaffinity(0, _ALLOWED[:threads])
+
+
+def keep_heap() -> None:
+    """Has malloc keep what is freed (glibc; elsewhere nothing changes).
+
+    Left to itself, glibc returns large blocks to the system at once, and every call that allocates its output pays a page
+    fault per 4 KiB of it: up to half of a fast layer's time, and none of its work.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest allowed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,10 +159,29 @@ def paired_ratios(a: Callable[[], object], b: Callable[[], object], pairs: int) 
     return ratios
 
 
+_clock = time.perf_counter_ns
+
+
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU time of the process, which other programs disturb less; for one thread only (default: %(default)s)",
+    )
+
+
+def use_clock(name: str, threads: Sequence[int]) -> None:
+    global _clock
+    if name == "cpu" and max(threads) > 1:
+        raise SystemExit("--clock cpu is for --threads 1: it adds up the time of all threads")
+    _clock = time.process_time_ns if name == "cpu" else time.perf_counter_ns
+
+
 def _once(call: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
+    start = _clock()
     call()
-    return max((time.perf_counter_ns() - start) * 1e-3, 1e-3)
+    return max((_clock() - start) * 1e-3, 1e-3)
 
 
 def ratio_summary(ratios: Sequence[float]) -> dict[str, float]:
@@ -194,6 +231,30 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def run_per_thread_count(script: str, argv: Sequence[str], threads: Sequence[int], out: str | None, key: str) -> None:
+    """Runs a script again for each thread count in a process of its own, and puts the results together.
+
+    Runtimes learn how many CPUs they have when they start; none could take part in a run with more after one with fewer.
+    """
+    rest, skipping = [], False
+    for argument in argv:
+        if argument.startswith("-"):
+            skipping = argument.split("=")[0] in ("--threads", "--json")
+        if not skipping:
+            rest.append(argument)
+    rows: list[dict] = []
+    context: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in threads:
+            part = Path(folder) / f"{count}.json"
+            subprocess.run([sys.executable, script, *rest, "--threads", str(count), "--json", str(part)], check=True)
+            rows += json.loads(part.read_text())
+            run = json.loads(context_path(part).read_text())
+            context = {**context, **run, key: context.get(key, []) + run[key]} if context else run
+            context["command"] = shlex.join([Path(script).name, *rest, "--threads", *map(str, threads)])
+            write_results(out, rows, context)
 
 
 def check_names(chosen: Sequence[str] | None, known: Sequence[str], default: Sequence[str], what: str) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from common import Skip, alternate, check_names, describe_run, paired_ratios, pin, print_run, ratio_summary, text_table, write_results
+from common import Skip, add_clock_option, alternate, check_names, describe_run, keep_heap, paired_ratios, pin, print_run, ratio_summary, run_per_thread_count, text_table, use_clock, write_results
 from contestants import CONTESTANTS, OURS, STATIC_PEERS, Problem, build
 from peak import probe_avx2_gmacs, probe_vnni_gmacs
 from shapes import FOLDER, read_shapes
@@ -25,9 +25,7 @@ _PAIRS = ((PROBABILISTIC, STATIC), (DYNAMIC, PROBABILISTIC))
 
 def measure(shape, threads: int, names: list[str], args, probe) -> tuple[list[dict], dict, float]:
     """(rows of one shape, {"paired": ratios, "skipped": reasons}, the peak in GMAC/s)."""
-    pin(threads)
-    torch.set_num_threads(threads)
-    problem = Problem(shape, args.gamma, args.granularity)
+    problem = Problem(shape, args.gamma, args.granularity, args.zero_point, args.weight_bits)
     runners, skipped = {}, {}
     for name in names:
         try:
@@ -99,8 +97,13 @@ contestants: """
     parser.add_argument("--pairs", type=int, default=200, help="alternated pairs for the ratios between ours; 0: none (default: %(default)s)")
     parser.add_argument("--gamma", type=int, default=4, help="gamma of the probabilistic strategy (default: %(default)s)")
     parser.add_argument("--granularity", choices=("tensor", "channel"), default="tensor", help="of the probabilistic strategy")
+    parser.add_argument("--zero-point", type=int, help="of the input (default: 0 for convolutions, as behind a ReLU, 110 for linear and first layers)")
+    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8, help="7: weights in [-63, 63], the most that AVX2 kernels built on saturating int8 products get right (default: %(default)s)")
+    parser.add_argument("--malloc", choices=("keep", "system"), default="keep", help="keep: freed memory stays mapped, so that a large output costs no page faults in any contestant (default); system: as malloc does by itself")
     parser.add_argument("--peak", choices=("vnni", "avx2"), help="what 100 %% is (default: that of the instruction set probquant uses)")
+    add_clock_option(parser)
     parser.add_argument("--json", metavar="OUT", help="write rows {shape, threads, contestant, us_min, us_median, percent_of_peak}")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.pairs < 0:
         parser.error("--rounds must be at least 1 and --pairs at least 0")
@@ -109,22 +112,32 @@ contestants: """
     shapes = [s for s in read_shapes(args.shapes) if not args.only or any(text in s.name for text in args.only)]
     if not shapes:
         raise SystemExit("no shape is left")
+    if args.malloc == "keep":
+        keep_heap()
+    use_clock(args.clock, args.threads)
+    if len(args.threads) > 1:
+        return run_per_thread_count(__file__, argv, args.threads, args.json, "layers")
+    (threads,) = args.threads
+    pin(threads)
+    torch.set_num_threads(threads)
     run = describe_run()
     print_run(run)
     kind = args.peak or ("avx2" if run.get("probquant_isa") == "avx2" else "vnni")
     probe = probe_avx2_gmacs if kind == "avx2" else probe_vnni_gmacs
-    context = {**run, "peak": kind, "gamma": args.gamma, "granularity": args.granularity, "rounds": args.rounds, "layers": []}
+    if not probe(threads) > 0:
+        raise SystemExit("layers.py measures against the int8 peak of x86-64 CPUs with AVX2 or newer; this one has none")
+    context = {**run, "peak": kind, "gamma": args.gamma, "granularity": args.granularity, "weight_bits": args.weight_bits, "rounds": args.rounds, "malloc": args.malloc, "clock": args.clock, "layers": []}
     rows: list[dict] = []
-    with torch.no_grad(), tqdm(total=len(shapes) * len(args.threads), unit=" layers") as bar:
+    with torch.no_grad(), tqdm(total=len(shapes), unit=" layers") as bar:
         for shape in shapes:
-            for threads in args.threads:
-                bar.set_description(f"{shape.name}, threads {threads}")
-                found, extra, peak = measure(shape, threads, names, args, probe)
-                rows += found
-                context["layers"].append({"shape": shape.name, "threads": threads, "mmacs": shape.macs / 1e6, "count": shape.count, "peak_gmacs": round(peak, 1), **extra})
-                bar.write(report_shape(shape, found, extra, peak), file=sys.stdout)
-                write_results(args.json, rows, context)  # after every layer: an interrupted run keeps what it has
-                bar.update()
+            bar.set_description(f"{shape.name}, threads {threads}")
+            found, extra, peak = measure(shape, threads, names, args, probe)
+            rows += found
+            facts = {"shape": shape.name, "threads": threads, "mmacs": shape.macs / 1e6, "count": shape.count, "peak_gmacs": round(peak, 1)}
+            context["layers"].append({**facts, **extra})
+            bar.write(report_shape(shape, found, extra, peak), file=sys.stdout)
+            write_results(args.json, rows, context)  # after every layer: an interrupted run keeps what it has
+            bar.update()
     print("\n" + summary(rows, context))
 
 

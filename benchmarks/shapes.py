@@ -100,7 +100,7 @@ def network_shapes(name: str) -> list[Shape]:
             if isinstance(module, nn.Conv2d):
                 o, i, k, s, g = module.out_channels, module.in_channels, module.kernel_size[0], module.stride[0], module.groups
                 kind = "depthwise " if g == i > 1 else ""
-                text = f"{kind}{k}x{k}{f' s{s}' if s > 1 else ''} {x.shape[2]}x{x.shape[3]} {i}->{o}"
+                text = f"{kind}{k}x{k}{f' s{s}' if s > 1 else ''} {x.shape[2]}x{x.shape[3]} {i}->{o}{f' {activation}' if activation != 'none' else ''}"
                 # Padding that an implementation adds on its own (to get "same" sizes) is counted as padding.
                 size = output.shape[2] * s if s < k else x.shape[2]
                 found[Shape(text, "conv2d", 1, size, size, i, o, k, s, g, activation)] += 1

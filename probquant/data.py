@@ -65,8 +65,11 @@ class Preprocessing:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need 3 values each, std > 0; got mean {self.mean}, std {self.std}")
 
-    def load(self, path: str | os.PathLike) -> Tensor:
-        """The image file as ``uint8`` [3, crop, crop]. ValueError, with its path, if it cannot be read."""
+    def load(self, path: str | os.PathLike, view: int = 0) -> Tensor:
+        """The image file as ``uint8`` [3, crop, crop]. ValueError, with its path, if it cannot be read.
+
+        view: 0, the whole image; 1 or 2, the square in its top left or bottom right corner, with 65 % of the shorter side.
+        """
         import numpy as np
         from PIL import Image, ImageOps
 
@@ -78,6 +81,10 @@ class Preprocessing:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read image {os.fspath(path)!r}: {error}") from error
         shorter = min(image.size)
+        if view:
+            shorter = max(1, round(0.65 * shorter))
+            left, top = (0, 0) if view == 1 else (side - shorter for side in image.size)
+            image = image.crop((left, top, left + shorter, top + shorter))
         if shorter != self.resize:
             size = tuple(max(self.resize, side * self.resize // shorter) for side in image.size)
             image = image.resize(size, Image.Resampling.BICUBIC)
@@ -100,11 +107,16 @@ class ImageSet:
     """Image files with class indices.
 
     paths: the files. labels: one class index per file, -1 where it is not known. source: where they are from, in words.
+    views: which part of each file is the image (:meth:`Preprocessing.load`); empty: the whole of every one.
     """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     source: str
+    views: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "views", self.views or (0,) * len(self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,21 +127,24 @@ class ImageSet:
         return any(label != UNLABELLED for label in self.labels)
 
     def __add__(self, other: ImageSet) -> ImageSet:
-        return ImageSet(self.paths + other.paths, self.labels + other.labels, f"{self.source} and {other.source}")
+        source = f"{self.source} and {other.source}"
+        return ImageSet(self.paths + other.paths, self.labels + other.labels, source, self.views + other.views)
 
     def sample(self, limit: int | None = None, seed: int = 0) -> ImageSet:
         """At most ``limit`` images (all if None), drawn without replacement, in an order that depends on ``seed`` only."""
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         order = random.Random(seed).sample(range(len(self)), len(self))[:limit]
-        return ImageSet(tuple(self.paths[i] for i in order), tuple(self.labels[i] for i in order), self.source)
+        paths, labels, views = (tuple(values[i] for i in order) for values in (self.paths, self.labels, self.views))
+        return ImageSet(paths, labels, self.source, views)
 
     def batches(self, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
         """``uint8`` [n, 3, crop, crop] with n = batch_size (fewer in the last), read as they are asked for."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         for start in range(0, len(self), batch_size):
-            yield torch.stack([preprocessing.load(path) for path in self.paths[start : start + batch_size]])
+            part = slice(start, start + batch_size)
+            yield torch.stack([preprocessing.load(path, view) for path, view in zip(self.paths[part], self.views[part])])
 
 
 def image_folder(root: str | os.PathLike, num_classes: int = 1000) -> ImageSet:
@@ -173,7 +188,8 @@ def image_folder(root: str | os.PathLike, num_classes: int = 1000) -> ImageSet:
 def bundled_photographs() -> tuple[ImageSet, ImageSet]:
     """Real photographs that come inside Python packages: (for calibration, for evaluation), disjoint and always the same.
 
-    Calibration: 15 photographs from scikit-image, unlabelled. Evaluation: foolbox's 20 labelled ImageNet images.
+    Calibration: 15 photographs from scikit-image in 3 views each (a surrogate wants a few dozen images), unlabelled.
+    Evaluation: foolbox's 20 labelled ImageNet images.
     Raises ModuleNotFoundError if a package is missing.
     """
     folder = demo_package("skimage") / "data"
@@ -182,8 +198,10 @@ def bundled_photographs() -> tuple[ImageSet, ImageSet]:
     if not calibration or not evaluation:
         raise FileNotFoundError("the installed scikit-image or foolbox does not hold the photographs the demo expects")
     labels = tuple(int(path.stem.rsplit("_", 1)[1]) for path in evaluation)  # imagenet_<number>_<class index>.jpg
+    views = tuple(view for view in range(3) for _ in calibration)
+    source = f"3 views of {len(calibration)} photographs from scikit-image"
     return (
-        ImageSet(calibration, (UNLABELLED,) * len(calibration), "photographs from scikit-image"),
+        ImageSet(calibration * 3, (UNLABELLED,) * len(views), source, views),
         ImageSet(evaluation, labels, "ImageNet images from foolbox"),
     )
 

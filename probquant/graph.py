@@ -22,6 +22,10 @@ aten = torch.ops.aten
 
 _IDENTITIES = {aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 _ADDS = {aten.add.Tensor}
+_FLOAT_LAYERS = {
+    aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d", aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d", aten.conv_transpose3d.input: "conv_transpose3d",
+}  # fmt: skip
 _MAX_SUM = 66_000  # weights per output that the int32 accumulator can hold (csrc/NUMERICS.md)
 
 
@@ -54,7 +58,8 @@ class Unit:
 
     @property
     def is_layer(self) -> bool:
-        return self.kind in ("conv2d", "linear")
+        """Whether it multiplies with weights (of these, only conv2d and linear have int8 kernels)."""
+        return self.kind in ("conv2d", "linear") or self.kind in _FLOAT_LAYERS.values()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,15 +72,16 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     The model is left as it is; weights of the result are copies where folding changed them. Raises RuntimeError when
     torch.export cannot capture the model.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        program = _export(model, example)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = _export(model, example)
             graph_module = program.run_decompositions({}).module()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and not node.users:  # torch.export's guards on input shapes: every batch size is welcome
             graph_module.graph.erase_node(node)
@@ -90,11 +96,18 @@ def _export(model, example):
     # torch.export specialises sizes 0 and 1, so the example has at least two images.
     example = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
+
+    def export(**options):
+        inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in example)  # torch.export marks what it is given
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, inputs, strict=False, **options)
+
     try:
-        return torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+        return export(dynamic_shapes=dynamic)
     except Exception as dynamic_error:
         try:
-            program = torch.export.export(model, example, strict=False)
+            program = export()
         except Exception as error:
             raise RuntimeError(f"probquant: torch.export cannot capture {type(model).__name__}: {error}") from error
         warnings.warn(
@@ -214,6 +227,9 @@ def _layer_unit(graph_module: fx.GraphModule, node: fx.Node) -> Unit | None:
         kind, options = "linear", {}
     elif node.target in (aten.conv2d.default, aten.conv2d.padding):
         kind, options = "conv2d", _conv2d_options(node)
+    elif node.target in _FLOAT_LAYERS:
+        kind = _FLOAT_LAYERS[node.target]
+        return Unit(layer_name(node), kind, [node], node, [node.args[0]], node, reason=f"{kind} has no int8 kernel")
     else:
         return None
     weight, bias = attribute(graph_module, node.args[1]), attribute(graph_module, argument(node, 2, "bias"))

@@ -57,7 +57,7 @@ class Summary:
             rows.append((layer.name, layer.kind, "int8" if layer.int8 else "float", layer.strategy, layer.sample if layer.int8 else "", note))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows]
-        weighted = [layer for layer in self.layers if layer.kind in ("conv2d", "linear")]
+        weighted = [layer for layer in self.layers if layer.kind.startswith(("conv", "linear"))]
         done = sum(layer.int8 for layer in weighted)
         lines.append(f"{done} of {len(weighted)} layers with weights run in int8, {len(weighted) - done} stay float")
         return "\n".join(lines)
@@ -265,7 +265,7 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
             unit, leaf = name[len(_UNITS) + 1 :].split(".")
             grouped.setdefault(unit, {})[leaf] = tensor
         else:
-            _set_tensor(root, name, tensor)
+            set_tensor(root, name, tensor)
     for name, leaves in grouped.items():
         units.add_module(name, make_unit(leaves, header["groups"].get(name)))
     graph = fx.Graph()
@@ -296,7 +296,7 @@ def make_unit(leaves: dict[str, torch.Tensor], groups: int | None) -> nn.Module:
     return unit
 
 
-def _set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
     *parents, leaf = path.split(".")
     for parent in parents:
         if not hasattr(root, parent):
@@ -370,4 +370,6 @@ def _decode(value: dict, nodes: dict[str, fx.Node]):
         return torch.device(content)
     if kind == "float":
         return float.fromhex(content)
-    return content
+    if kind == "value":
+        return content
+    raise ValueError(f"unknown kind of value {kind!r}")

@@ -10,7 +10,7 @@ import inspect
 import operator
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from tqdm import tqdm
 from . import surrogates
 from ._ops import Activation, Strategy, ops
 from .graph import Unit, aten, choose_int8, find_units, shape_of, trace
-from .model import Capture, LayerInfo, QuantizedModel, make_unit, validate
+from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .profiles import apply_profiles
 
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
 _PROFILE_IMAGES = 64  # images that channel profiles are taken from; held in memory for a second pass
+_FLOAT = "float_layers."  # where the tensors of float layers live in the int8 model
 _CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
 
 
@@ -35,7 +36,7 @@ def quantize(
     strategy: str = "probabilistic",
     surrogate: str = "gaussian",
     granularity: str = "tensor",
-    gamma: int = 4,
+    gamma: int = 0,
     criterion: str = "mse",
     coverage: float = 0.9999,
     bias_correction: bool = True,
@@ -52,8 +53,9 @@ def quantize(
         scales), or "dynamic" (exact minimum and maximum of every finished output).
     surrogate: "gaussian", the paper's.
     granularity: one law for all weights of a layer ("tensor"), or one per output channel ("channel").
-    gamma: the surrogate samples every gamma-th position in each direction; 0 uses only the input's moments, which the
-        layer before has already summed.
+    gamma: the surrogate sums the receptive fields of every gamma-th position in each direction, as in the paper; 0 (the
+        default) takes the input's moments instead, which the layer before has already summed: free, and no worse on the
+        networks measured (benchmarks/results).
     criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
     coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
@@ -92,14 +94,14 @@ def quantize(
         "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
         "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
     }  # fmt: skip
-    batches = chain([example], (_inputs(batch, positional) for batch in batches))
+    chunks = _chunks(chain([example], (_inputs(batch, positional) for batch in batches)))
     profiles = {}
     if settings["channel_profile"]:
-        head = _take(batches, _PROFILE_IMAGES)
-        profiles = apply_profiles(graph_module, units, (chunk for inputs in head for chunk in _chunks(inputs)))
-        batches = chain(head, batches)
+        head = list(islice(chunks, _PROFILE_IMAGES // _CALIBRATION_CHUNK))
+        profiles = apply_profiles(graph_module, units, iter(head))
+        chunks = chain(head, chunks)
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
-    _calibrate(graph_module, plans, batches, progress)
+    _calibrate(graph_module, plans, chunks, progress)
     qmodel = _Writer(graph_module, units, plans, settings, profiles).write()
     validate(qmodel)
     return qmodel
@@ -188,23 +190,45 @@ def _selector(units: list[Unit], include, exclude):
 # Calibration
 
 
-def _chunks(inputs: tuple) -> Iterator[tuple]:
-    """The model's inputs for at most _CALIBRATION_CHUNK images at a time."""
-    count = inputs[0].shape[0]
-    for begin in range(0, count, _CALIBRATION_CHUNK):
-        end = begin + _CALIBRATION_CHUNK
-        yield tuple(x[begin:end] if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == count else x for x in inputs)
+def _chunks(batches: Iterable[tuple]) -> Iterator[tuple]:
+    """The images of all batches, _CALIBRATION_CHUNK at a time, so that the batches' sizes do not matter.
+
+    Batches whose inputs do not go together (other image sizes, other arguments without a batch dimension) are not joined.
+    """
+    pending: tuple | None = None
+    for inputs in batches:
+        if pending is not None and not _alike(pending, inputs):
+            yield pending
+            pending = None
+        if pending is not None:
+            inputs = tuple(torch.cat(pair) if _is_batched(pair[0], pending) else pair[0] for pair in zip(pending, inputs, strict=True))
+        count = inputs[0].shape[0]
+        for begin in range(0, count, _CALIBRATION_CHUNK):
+            pending = tuple(x[begin : begin + _CALIBRATION_CHUNK] if _is_batched(x, inputs) else x for x in inputs)
+            if pending[0].shape[0] == _CALIBRATION_CHUNK:
+                yield pending
+                pending = None
+    if pending is not None:
+        yield pending
 
 
-def _take(batches: Iterator[tuple], images: int) -> list[tuple]:
-    """The first batches, until they hold so many images."""
-    taken: list[tuple] = []
-    while sum(inputs[0].shape[0] for inputs in taken) < images:
-        inputs = next(batches, None)
-        if inputs is None:
-            break
-        taken.append(inputs)
-    return taken
+def _is_batched(x, inputs: tuple) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == inputs[0].shape[0]
+
+
+def _alike(a: tuple, b: tuple) -> bool:
+    """Whether two batches can be joined."""
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if _is_batched(x, a) != _is_batched(y, b):
+            return False
+        if _is_batched(x, a):
+            if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype:
+                return False
+        elif isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) or x != y:
+            return False
+    return True
 
 
 class _Plan:
@@ -227,7 +251,7 @@ class _Plan:
                 unit.options["kernel_size"] = list(unit.weight.shape[1:3])
         self.bias_fit = None
         if unit.is_layer and settings["bias_correction"]:
-            self.bias_fit = surrogates.BiasFit(unit.weight, self.leaves["weight"], self.leaves["weight_scale"], unit.options)
+            self.bias_fit = surrogates.BiasFit(unit.weight.shape, unit.options)
         if self.strategy is Strategy.FIXED:
             self.fit = surrogates.StaticFit()
         elif self.fits_widths:
@@ -303,7 +327,7 @@ class _Plan:
     def finish(self) -> None:
         criterion, coverage = self.settings["criterion"], self.settings["coverage"]
         if self.bias_fit is not None:
-            correction = self.bias_fit.fit()
+            correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"])
             self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
         if self.strategy is Strategy.FIXED:
             lo, hi = self.fit.fit(criterion, coverage)
@@ -319,7 +343,7 @@ class _Plan:
             self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, coverage))
 
 
-def _calibrate(graph_module, plans: list[_Plan], batches: Iterator[tuple], progress: bool) -> None:
+def _calibrate(graph_module, plans: list[_Plan], chunks: Iterable[tuple], progress: bool) -> None:
     if all(plan.fit is None and plan.bias_fit is None for plan in plans):
         return
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
@@ -337,7 +361,7 @@ def _calibrate(graph_module, plans: list[_Plan], batches: Iterator[tuple], progr
 
     first = True
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
-        for chunk in (chunk for inputs in batches for chunk in _chunks(inputs)):
+        for chunk in chunks:
             observer = Observer()
             observer.run(*chunk)
             for plan in plans:
@@ -373,16 +397,25 @@ class _Writer:
                 self.write_unit(self.plans[id(by_output[node])])
             elif node not in inside:
                 self.copy(node)
-        self.source.add_module("int8_layers", self.modules)
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        return QuantizedModel(self.source, self.graph, self.modules, [self.layer_info(u) for u in self.units if u.is_layer or (u.int8 and u.kind != "flatten")], self.settings)
+        root = nn.Module()
+        root.add_module("int8_layers", self.modules)
+        for node in self.graph.nodes:  # copies, under a name of their own: a float module may be called "layers", too
+            if node.op == "get_attr" and node.target.startswith(_FLOAT):
+                value = operator.attrgetter(node.target[len(_FLOAT) :])(self.source)
+                set_tensor(root, node.target, value.detach().clone())
+        return QuantizedModel(root, self.graph, self.modules, [self.layer_info(u) for u in self.units if u.is_layer or (u.int8 and u.kind != "flatten")], self.settings)
 
     def copy(self, node: fx.Node) -> None:
         if node.target is aten.sym_size.int and node.args[0] in self.codes:  # a size is a size, of codes too
             self.float_nodes[node] = self.graph.call_function(node.target, (self.codes[node.args[0]][0], *node.args[1:]))
         else:
-            self.float_nodes[node] = self.graph.node_copy(node, self.as_float)
+            copied = self.float_nodes[node] = self.graph.node_copy(node, self.as_float)
+            if node.op == "get_attr":
+                copied.target = _FLOAT + node.target
+            elif node.target is aten.view.default:  # float values come from int8 layers in channels_last, which a view may not fit
+                copied.target = aten.reshape.default
 
     def as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.float_nodes:

@@ -10,6 +10,7 @@ of the predicted range, and rho, the correlation of a residual, are fitted here 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -48,6 +49,7 @@ def _activation_image(lo, hi, activation: Activation, minimum, maximum):
     """Image of [lo, hi] under an activation: what core/numerics.h's activation_range does, on float64 tensors."""
     if activation is Activation.CLAMP:
         return (bound.clamp(minimum, maximum) if (minimum, maximum) != (None, None) else bound for bound in (lo, hi))
+    lo, hi = torch.broadcast_tensors(lo, hi)
     function, argmin = {
         Activation.SILU: (torch.nn.functional.silu, -1.2784645),
         Activation.GELU: (torch.nn.functional.gelu, -0.7517916),
@@ -119,13 +121,12 @@ class GaussianFit:
         mean, sigma = law.double().unbind(1)
         lo = (mean[:, None] - sigma[:, None] * self.widths).amin(0)
         hi = (mean[:, None] + sigma[:, None] * self.widths).amax(0)
-        lo, hi = torch.broadcast_tensors(lo[:, None], hi[None, :])
-        lo, hi = _activation_image(lo, hi, self.activation, self.minimum, self.maximum)
+        lo, hi = _activation_image(lo[:, None], hi[None, :], self.activation, self.minimum, self.maximum)
         y = y.reshape(-1)
-        power = float(y.double().pow(2).sum())
+        power = float(torch.dot(y, y))
         error, clipped = _quantization_error(_distribution(y), float((y != 0).sum()), lo, hi)
         self.error += error / max(power, 1e-30)
-        self.clipped += clipped
+        self.clipped += clipped.expand_as(error)
         self.values += y.numel()
 
     def fit(self, criterion: str, coverage: float) -> tuple[float, float]:
@@ -173,7 +174,7 @@ class StaticFit:
         if criterion == "minmax":
             return low, high
         shares = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
-        lo, hi = torch.broadcast_tensors((low * shares)[:, None], (high * shares)[None, :])
+        lo, hi = (low * shares)[:, None], (high * shares)[None, :]
         error, clipped = _quantization_error(_Distribution(self.counts, -self.limit, self.limit), self.occupied, lo, hi)
         if criterion == "mse":
             score = error
@@ -181,7 +182,7 @@ class StaticFit:
             width = hi - lo
             score = torch.where(clipped <= (1.0 - coverage) * self.values, width, (1 + clipped) * (high - low + 1))
         best = int(score.argmin())
-        return float(lo.reshape(-1)[best]), float(hi.reshape(-1)[best])
+        return float(lo[best // len(shares), 0]), float(hi[0, best % len(shares)])
 
 
 def static_predictor(lo: float, hi: float) -> torch.Tensor:
@@ -210,32 +211,45 @@ class CorrelationFit:
 class BiasFit:
     """Bias correction: the mean error per output channel that rounding a layer's weights makes, to be added to its bias.
 
-    A layer is linear in its weights, so the error is the layer's output with the weights' rounding errors in their place.
-    Rounding errors do not average out over channels whose input has a mean (any input behind a ReLU).
+    A layer is linear in its weights, so the mean error is the weights' rounding errors times the mean input behind each of
+    them: what is kept is that mean, [C, kh, kw] or [K]. It is not zero for any input that passed a ReLU.
     """
 
-    def __init__(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, options: dict):
-        """weight float32 and codes int8 [O, kh, kw, I / groups] or [O, K], scale float32 [O]; options of a conv2d unit."""
-        rounding = weight - codes.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
-        self.rounding = rounding.permute(0, 3, 1, 2).contiguous() if weight.dim() == 4 else rounding
+    def __init__(self, weight_shape: Sequence[int], options: dict):
+        """weight_shape: canonical [O, kh, kw, I / groups] or [O, K]. options: of a conv2d unit."""
+        self.kernel = tuple(weight_shape[1:3]) if len(weight_shape) == 4 else None
         self.options = options
-        self.total, self.count = torch.zeros(len(weight), dtype=torch.float64), 0
+        self.total, self.count = 0.0, 0
 
     def update(self, x: torch.Tensor) -> None:
         """x: the layer's float input."""
-        if self.rounding.dim() == 4:
-            top, bottom, left, right = self.options["padding"]
-            x = torch.nn.functional.pad(x, (left, right, top, bottom))
-            stride, dilation, groups = (self.options[name] for name in ("stride", "dilation", "groups"))
-            error = torch.nn.functional.conv2d(x, self.rounding, None, stride, 0, dilation, groups).transpose(0, 1).flatten(1)
-        else:
-            error = torch.nn.functional.linear(x.flatten(0, -2), self.rounding).t()
-        self.total += error.double().sum(1)
-        self.count += error.shape[1]
+        if self.kernel is None:
+            self.total = self.total + x.flatten(0, -2).sum(0, dtype=torch.float64)
+            self.count += x.shape[:-1].numel()
+            return
+        top, bottom, left, right = self.options["padding"]
+        x = torch.nn.functional.pad(x, (left, right, top, bottom))
+        (sh, sw), (dh, dw), (kh, kw) = self.options["stride"], self.options["dilation"], self.kernel
+        height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        taps = [
+            x[:, :, ky * dh : ky * dh + sh * (height - 1) + 1 : sh, kx * dw : kx * dw + sw * (width - 1) + 1 : sw].sum((2, 3)).sum(0, dtype=torch.float64)
+            for ky in range(kh)
+            for kx in range(kw)
+        ]
+        self.total = self.total + torch.stack(taps, 1).reshape(-1, kh, kw)
+        self.count += x.shape[0] * height * width
 
-    def fit(self) -> torch.Tensor:
-        """float32 [O]"""
-        return (self.total / max(self.count, 1)).float()
+    def fit(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """float32 [O], for the float weight and its int8 codes and scale."""
+        rounding = weight.double() - codes.double() * scale.double().reshape(-1, *[1] * (weight.dim() - 1))
+        if self.count == 0:
+            return torch.zeros(len(weight))
+        mean = self.total / self.count
+        if self.kernel is None:
+            return (rounding @ mean).float()
+        groups = self.options["groups"]
+        mean = mean.reshape(groups, -1, *self.kernel).permute(0, 2, 3, 1).repeat_interleave(len(weight) // groups, 0)
+        return (rounding * mean).sum((1, 2, 3)).float()
 
 
 def conv2d_law(x: torch.Tensor, out_channels: int, options: dict, residual, strategy: Strategy, predictor: torch.Tensor, gamma: int) -> torch.Tensor:

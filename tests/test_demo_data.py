@@ -86,6 +86,17 @@ def test_load_resizes_and_crops_as_pil_does(tmp_path):
     assert np.array_equal(loaded.permute(1, 2, 0).numpy(), np.array(expected))
 
 
+def test_views_are_the_whole_image_and_two_corners(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    images = ImageSet((tmp_path / "x.png",) * 3, (7,) * 3, "here", (0, 1, 2))
+    (whole, first, last) = next(images.batches(Preprocessing(65, 65), 3)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(first, pixels[:65, :65]) and np.array_equal(last, pixels[-65:, -65:])
+    assert np.array_equal(whole, Preprocessing(65, 65).load(tmp_path / "x.png").permute(1, 2, 0).numpy())
+    doubled = images + images.sample(2)
+    assert doubled.views[:3] == (0, 1, 2) and len(doubled) == 5 and doubled.sample().views != doubled.views
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_load_turns_every_8_bit_format_into_rgb(tmp_path, mode):
     Image.new("RGB", (30, 40), (255, 255, 255)).convert(mode).save(tmp_path / "x.tif")
@@ -143,7 +154,7 @@ def test_samples_and_batches(tmp_path):
 def test_bundled_photographs_are_disjoint_and_labelled():
     pytest.importorskip("skimage"), pytest.importorskip("foolbox")
     calibration, evaluation = bundled_photographs()
-    assert len(calibration) == 15 and not calibration.labelled
+    assert len(calibration) == 45 and len(set(calibration.paths)) == 15 and not calibration.labelled
     assert len(evaluation) == 20 and min(evaluation.labels) >= 0 and max(evaluation.labels) < 1000
     assert not set(calibration.paths) & set(evaluation.paths)
     assert all(path.is_file() for path in calibration.paths + evaluation.paths)

@@ -21,7 +21,7 @@ constexpr int kTileRows = 12;            // most rows of a register tile
 constexpr int kPanelBlocks = 3;          // most blocks of a register tile
 constexpr int kCallSegments = 16;        // segments that one call of a register tile takes, at most
 constexpr int64_t kPieceBytes = 256;     // longest segment of a table
-constexpr int64_t kChunkSamples = 256;   // counters a thread holds
+constexpr int64_t kChunkSamples = 128;   // whose constants and counters a thread holds
 constexpr int64_t kChunkRows = 16384;    // keeps 32-bit partial moments far from overflow
 
 constexpr int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -108,11 +108,18 @@ class DenseDriver {
       const int64_t chunk = chunk_rows(tiles_outside);
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
+        kernel.start_chunk(begin, end);
         if (tiles_outside) {
           for_each_tile(begin, end, max_rows, [&](const Tile& tile) { for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); }); });
         } else {
           for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) {
-            for_each_tile(begin, end, max_rows, [&](const Tile& tile) { kernel.run(*this, tile, panel); });
+            const uint8_t* ahead = panel.block + panel.blocks * layout.block_bytes;
+            const uint8_t* const stop = panel.channel + panel.channels < range.channel_end ? ahead + panel.blocks * layout.block_bytes : ahead;
+            const int64_t share = ceil_div(panel.blocks * layout.block_bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
+            for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
+              for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+              kernel.run(*this, tile, panel);
+            });
             kernel.end_panel();
           });
         }
@@ -409,6 +416,7 @@ void for_each_row_panel(const LayerProblem& p, const LayerRange& range, Kernel& 
   const int64_t chunk = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
   for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
     const int64_t end = min_i(begin + chunk, range.row_end);
+    kernel.start_chunk(begin, end);
     for (int64_t channel = range.channel_begin; channel < range.channel_end;) {
       const int64_t group = channel / layout.group_channels, in_group = channel % layout.group_channels;
       Panel panel;

@@ -45,13 +45,6 @@ __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], 
 
 template <int kRows, int kBlocks>
 __attribute__((always_inline)) inline void start(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
-#ifdef EXP1
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-    for (int j = 0; j < kBlocks; ++j)acc[i][j]=_mm512_setzero_si512();
-return;
-#endif
   __m512i sums[kBlocks];
 #pragma GCC unroll 3
   for (int j = 0; j < kBlocks; ++j)
@@ -98,7 +91,7 @@ __attribute__((always_inline)) inline void multiply(const TileInput& in, __m512i
 
 /// Stores the accumulators, [blocks * 16] per row.
 template <int kRows, int kBlocks>
-void tile_accumulators(const TileInput& in, int32_t* out) {
+__attribute__((noinline)) void tile_accumulators(const TileInput& in, int32_t* out) {
   __m512i acc[kRows][kBlocks];
   multiply(in, acc);
 #pragma GCC unroll 12
@@ -108,160 +101,241 @@ void tile_accumulators(const TileInput& in, int32_t* out) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogue of a tile within one sample: requantize, clamp, count, store
+// Epilogue of a tile: requantize, clamp, count, store
 
-/// Constants of a sample, and the moments of a run of its tiles.
-struct Run {
-  int64_t sample = -1;
-  bool plain;  ///< valid, Activation::clamp: the tile's own epilogue serves
-  float multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi, lo_edge, hi_edge, hi;
-  int32_t residual_zero_point;
-  int16_t zero_point;
-  CodeSums sums;
-  __m512i inside = _mm512_setzero_si512();  ///< values that were not clipped, per lane
-  int64_t values = 0;                       ///< values written
+/// Constants of a sample's epilogue.
+struct SampleConstants {
+  bool plain;       ///< valid, with an activation that the tile's own epilogue knows
+  bool low_clips;   ///< values below the range count as clipped
+  bool high_clips;  ///< likewise above
+  float multiplier, inverse_scale, residual_multiplier, activation_lo, lo_edge, hi_edge;
+  int32_t residual_zero_point, zero_point, hi;
+  int32_t least, most;  ///< codes that the activation lets through
 
-  void set(const LayerProblem& p, int64_t n) {
-    const SampleEpilogue& e = p.samples[n];
-    sample = n;
-    plain = e.valid && p.activation == Activation::clamp;
+  void set(const SampleEpilogue& e, Activation activation) {
+    const float lo = -static_cast<float>(e.y_zero_point);
     multiplier = e.multiplier;
     inverse_scale = e.inverse_scale;
     residual_multiplier = e.residual_multiplier;
     activation_lo = e.activation_lo;
-    activation_hi = e.activation_hi;
-    const float z = static_cast<float>(e.y_zero_point);
-    hi = 255.0f - z;
-    lo_edge = -z - 0.5f;
-    hi_edge = hi + 0.5f;
     residual_zero_point = e.residual_zero_point;
-    zero_point = static_cast<int16_t>(e.y_zero_point);
+    zero_point = e.y_zero_point;
+    hi = 255 - e.y_zero_point;
+    lo_edge = lo - 0.5f;
+    hi_edge = lo + 255.5f;
+    low_clips = !(e.activation_lo >= lo_edge);
+    high_clips = !(e.activation_hi <= hi_edge);
+    plain = e.valid && activation == Activation::clamp && e.activation_lo <= hi_edge && e.activation_hi >= lo_edge && (high_clips || !low_clips);
+    least = code(e.activation_lo);
+    most = code(e.activation_hi);
+  }
+
+ private:
+  int32_t code(float t) const {
+    const float lo = -static_cast<float>(zero_point), top = static_cast<float>(hi);
+    t = t > lo ? t : lo;
+    return _mm_cvtss_si32(_mm_set_ss(t < top ? t : top)) + zero_point;
   }
 };
 
+/// Moments of a run of tiles within one sample.
+struct Moments {
+  CodeSums sums;
+  __m512i inside = _mm512_setzero_si512();  ///< values that were not clipped, per lane
+  int64_t values = 0;                       ///< values written
+};
+/// Values after which moments are flushed; they could all lie in one lane of the sums, and 65,536 * 255 * 127 < 2^31.
+constexpr int64_t kFlushAfter = 60000;
+
 struct TileOutput {
-  Run* run;
   const uint8_t* block;     ///< headers of the panel
   int64_t channels;         ///< of the panel that exist
   const int64_t* row;       ///< output rows
   int64_t stride;           ///< bytes of an output row
   uint8_t* y;               ///< of the panel's first channel
   const uint8_t* residual;  ///< likewise
+  const SampleConstants* const* samples;  ///< of each row; of the first, when all rows lie in one sample
+  Moments* moments;                       ///< all rows in one sample
+  int64_t* const* counters;               ///< of each row, otherwise
 };
 
-/// Dwords of two packed blocks (see pack_rows) in the order of rows 0 and 1; of one block in the order of rows 0 to 3.
+/// Dwords of two packed blocks in the order of rows 0 and 1 (add 2 for rows 2 and 3); of one block in the order of rows.
 alignas(64) constexpr int32_t kRowPairOrder[16] = {0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
 alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
-/// Bytes of a vector of pack_rows that exist: channels [0, channels), rows [0, rows).
-constexpr uint64_t packed_bytes(int64_t channels, int64_t rows) {
-  uint64_t mask = 0;
-  for (int64_t i = 0; i < 64; ++i)
-    if (i / 16 * 4 + i % 4 < channels && i / 4 % 4 < rows) mask |= uint64_t{1} << i;
-  return mask;
-}
-template <int kRows>
-constexpr uint64_t kPackedRows = packed_bytes(16, kRows);
+/// Requantizes the rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
+/// 128 bits hold 4 channels of row 0, of row 1, and so on. Clamping to the activation's bounds commutes with rounding, so
+/// it happens on packed codes. A value above the range is replaced by the range's end before the conversion, which could
+/// overflow; one far below, or a NaN, converts to INT_MIN and saturates in the packs.
+/// kLow says how values below the range are known: not at all (the activation lifts them all), or by a comparison, of t
+/// itself or of what the activation leaves of it (which serves for every sample).
+enum class Low { lifted, compared, either };
 
-template <bool kResidual, int kRows, int kBlocks>
-__attribute__((always_inline)) inline void requantize_tile(const TileInput& in, const TileOutput& out, __m512i (&acc)[kRows][kBlocks]) {
-  Run& run = *out.run;
-  const __m512 activation_lo = _mm512_set1_ps(run.activation_lo), activation_hi = _mm512_set1_ps(run.activation_hi);
-  const __m512 lo_edge = _mm512_set1_ps(run.lo_edge), hi_edge = _mm512_set1_ps(run.hi_edge), hi = _mm512_set1_ps(run.hi);
-  const __m512i zero_point = _mm512_set1_epi16(run.zero_point);
-  const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
-  const __mmask16 last_lanes = first_lanes16(last_channels);
-  uint64_t last_bytes = ~uint64_t{0};
-  const bool full = last_channels >= kBlockChannels;
-  if (last_channels < kBlockChannels) last_bytes = packed_bytes(last_channels, 4);
-
+template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+struct Requantizer {
+  const TileOutput out;
+  const SampleConstants one;  ///< of the first row
   __m512 scale[kBlocks], bias[kBlocks];
+  __mmask16 last_lanes;   ///< channels of the last block
+  uint64_t last_bytes;    ///< the same, of a packed vector
+  CodeSums sums;
+  __m512i inside;
+
+  __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes) : out(output), one(*output.samples[0]) {
+    const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
+    last_lanes = first_lanes16(last_channels);
+    last_bytes = 0;
+#pragma GCC unroll 4
+    for (int lane = 0; lane < 4; ++lane) last_bytes |= static_cast<uint64_t>((last_lanes >> (4 * lane) & 15) * 0x1111) << (16 * lane);
 #pragma GCC unroll 3
-  for (int j = 0; j < kBlocks; ++j) {
-    const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * in.block_bytes);
-    scale[j] = _mm512_mul_ps(_mm512_set1_ps(run.multiplier), _mm512_loadu_ps(header->scale));
-    bias[j] = _mm512_mul_ps(_mm512_set1_ps(run.inverse_scale), _mm512_loadu_ps(header->bias));
+    for (int j = 0; j < kBlocks; ++j) {
+      const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * block_bytes);
+      scale[j] = _mm512_loadu_ps(header->scale);
+      bias[j] = _mm512_loadu_ps(header->bias);
+      if (!kOneSample) continue;
+      scale[j] = _mm512_mul_ps(_mm512_set1_ps(one.multiplier), scale[j]);
+      bias[j] = _mm512_mul_ps(_mm512_set1_ps(one.inverse_scale), bias[j]);
+    }
+    if (kOneSample) {
+      sums = out.moments->sums;
+      inside = out.moments->inside;
+    }
   }
 
-  __m512i inside = run.inside;
-  CodeSums sums = run.sums;
-#pragma GCC unroll 3
-  for (int r = 0; r < kRows; r += 4) {
-    constexpr int kLeft = kRows % 4 ? kRows % 4 : 4;
-    const int rows = r + 4 <= kRows ? 4 : kLeft;
+  template <int first>
+  __attribute__((always_inline)) void rows(const __m512i (&acc)[kRows][kBlocks]) {
+    constexpr int count = kRows - first < 4 ? kRows - first : 4;
+    constexpr uint64_t existing = count == 4 ? ~uint64_t{0} : 0x0001000100010001u * ((1u << (4 * count)) - 1);
     __m512i q[kBlocks];
+    int64_t counted[4] = {0, 0, 0, 0};
 #pragma GCC unroll 3
     for (int j = 0; j < kBlocks; ++j) {
       const bool is_last = j == kBlocks - 1;
       __m512i code[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        if (i >= rows) {
+        if (i >= count) {
           code[i] = _mm512_setzero_si512();
           continue;
         }
-        __m512 t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r + i][j]), scale[j], bias[j]);
-        if (kResidual) {
-          const uint8_t* at = out.residual + out.row[r + i] * out.stride + j * kBlockChannels;
+        const SampleConstants& c = kOneSample ? one : *out.samples[first + i];
+        __m512 t = _mm512_cvtepi32_ps(acc[first + i][j]);
+        if (kOneSample) t = _mm512_fmadd_ps(t, scale[j], bias[j]);
+        else t = _mm512_fmadd_ps(t, _mm512_mul_ps(_mm512_set1_ps(c.multiplier), scale[j]), _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), bias[j]));
+        if (kResidual && out.residual) {
+          const uint8_t* at = out.residual + out.row[first + i] * out.stride + j * kBlockChannels;
           const __m128i bytes = is_last ? _mm_maskz_loadu_epi8(last_lanes, at) : _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(run.residual_zero_point));
-          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(run.residual_multiplier), t);
+          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(c.residual_zero_point));
+          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(c.residual_multiplier), t);
         }
-        t = clamp_ps(t, activation_lo, activation_hi);
-        const __mmask16 above = is_last ? _mm512_mask_cmp_ps_mask(last_lanes, t, lo_edge, _CMP_GE_OQ) : _mm512_cmp_ps_mask(t, lo_edge, _CMP_GE_OQ);
-        const __mmask16 in_range = _mm512_mask_cmp_ps_mask(above, t, hi_edge, _CMP_LE_OQ);
-        inside = _mm512_mask_sub_epi32(inside, in_range, inside, _mm512_set1_epi32(-1));
-        // The packs below saturate at 0 and 255; only what overflows int32 upwards has to be stopped. A NaN becomes 0.
-        code[i] = _mm512_cvtps_epi32(_mm512_min_ps(hi, t));
+        const __mmask16 not_above = _mm512_cmp_ps_mask(t, _mm512_set1_ps(c.hi_edge), _CMP_NGT_UQ);
+        __mmask16 unclipped = is_last ? static_cast<__mmask16>(not_above & last_lanes) : not_above;
+        if (kLow == Low::compared) unclipped = _mm512_mask_cmp_ps_mask(unclipped, t, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
+        if (kLow == Low::either) {
+          const __m512 lifted = _mm512_max_ps(t, _mm512_set1_ps(c.activation_lo));
+          unclipped = _mm512_mask_cmp_ps_mask(unclipped, lifted, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
+        }
+        if (kOneSample) inside = _mm512_mask_sub_epi32(inside, unclipped, inside, _mm512_set1_epi32(-1));
+        else counted[i] += __builtin_popcount(unclipped);
+        code[i] = _mm512_mask_cvtps_epi32(_mm512_set1_epi32(c.hi), not_above, t);
+        if (kOneSample) continue;
+        code[i] = _mm512_max_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(c.zero_point)), _mm512_set1_epi32(c.least));
+        code[i] = _mm512_min_epi32(code[i], _mm512_set1_epi32(c.most));
       }
-      // pack_rows: within each 128 bits, 4 channels of row 0, of row 1, ...
-      const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(code[0], code[1]), zero_point);
-      const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(code[2], code[3]), zero_point);
-      const uint64_t row_bytes = rows == 4 ? ~uint64_t{0} : kPackedRows<kLeft>;
-      q[j] = _mm512_maskz_packus_epi16(_cvtu64_mask64(is_last ? last_bytes & row_bytes : row_bytes), a, b);
+      __m512i a = _mm512_packs_epi32(code[0], code[1]), b = _mm512_packs_epi32(code[2], code[3]);
+      const uint64_t bytes = is_last ? last_bytes & existing : existing;
+      if (kOneSample) {
+        const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(one.zero_point));
+        a = _mm512_packus_epi16(_mm512_adds_epi16(a, zero_point), _mm512_adds_epi16(b, zero_point));
+        a = _mm512_max_epu8(a, _mm512_set1_epi8(static_cast<char>(one.least)));
+        q[j] = _mm512_maskz_min_epu8(_cvtu64_mask64(bytes), a, _mm512_set1_epi8(static_cast<char>(one.most)));
+      } else {
+        q[j] = _mm512_maskz_packus_epi16(_cvtu64_mask64(bytes), a, b);
+      }
       sums.add(q[j]);
     }
-    uint8_t* y[4];
+    store<first, count>(q);
+    if (!kOneSample) count_rows<first, count>(counted);
+  }
+
+  __attribute__((always_inline)) void finish() {
+    if (!kOneSample) return;
+    out.moments->sums = sums;
+    out.moments->inside = inside;
+    out.moments->values += kRows * out.channels;
+  }
+
+ private:
+  template <int first, int count>
+  __attribute__((always_inline)) void store(const __m512i (&q)[kBlocks]) {
+    uint8_t* y[count];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) y[i] = out.y + out.row[r + (i < rows ? i : 0)] * out.stride;
+    for (int i = 0; i < count; ++i) y[i] = out.y + out.row[first + i] * out.stride;
+    if (kBlocks >= 2) {
+      const __mmask32 lanes = kBlocks == 2 ? 0xffff | (static_cast<uint32_t>(last_lanes) << 16) : 0xffffffff;
 #pragma GCC unroll 2
-    for (int j = 0; j + 1 < kBlocks; j += 2) {
-      const __mmask32 lanes = j + 2 < kBlocks ? 0xffffffff : 0xffff | (static_cast<uint32_t>(last_lanes) << 16);
-#pragma GCC unroll 2
-      for (int pair = 0; pair < 2; ++pair) {
-        if (2 * pair >= rows) continue;
-        const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(2 * pair));
-        const __m512i two = _mm512_permutex2var_epi32(q[j], order, q[j + 1]);
-        if (full) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[2 * pair] + j * kBlockChannels), _mm512_castsi512_si256(two));
-        if (2 * pair + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[2 * pair + 1] + j * kBlockChannels), _mm512_extracti64x4_epi64(two, 1));
-        } else {
-        _mm256_mask_storeu_epi8(y[2 * pair] + j * kBlockChannels, lanes, _mm512_castsi512_si256(two));
-        if (2 * pair + 1 < rows) _mm256_mask_storeu_epi8(y[2 * pair + 1] + j * kBlockChannels, lanes, _mm512_extracti64x4_epi64(two, 1));
-        }
+      for (int i = 0; i < count; i += 2) {
+        const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(i));
+        const __m512i two = _mm512_permutex2var_epi32(q[0], order, q[kBlocks >= 2 ? 1 : 0]);
+        _mm256_mask_storeu_epi8(y[i], lanes, _mm512_castsi512_si256(two));
+        if (i + 1 < count) _mm256_mask_storeu_epi8(y[i + 1], lanes, _mm512_extracti64x4_epi64(two, 1));
       }
     }
     if (kBlocks % 2 == 1) {
-      constexpr int j = kBlocks - 1;
+      constexpr int64_t j = kBlocks - 1;
       const __m512i four = _mm512_permutexvar_epi32(_mm512_load_si512(kRowOrder), q[j]);
       _mm_mask_storeu_epi8(y[0] + j * kBlockChannels, last_lanes, _mm512_castsi512_si128(four));
-      if (rows > 1) _mm_mask_storeu_epi8(y[1] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 1));
-      if (rows > 2) _mm_mask_storeu_epi8(y[2] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 2));
-      if (rows > 3) _mm_mask_storeu_epi8(y[3] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 3));
+      if (count > 1) _mm_mask_storeu_epi8(y[count > 1 ? 1 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 1));
+      if (count > 2) _mm_mask_storeu_epi8(y[count > 2 ? 2 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 2));
+      if (count > 3) _mm_mask_storeu_epi8(y[count > 3 ? 3 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 3));
     }
   }
-  run.inside = inside;
-  run.sums = sums;
-  run.values += kRows * out.channels;
+
+  /// Dword i of each 128 bits of the sums belongs to row first + i.
+  template <int first, int count>
+  __attribute__((always_inline)) void count_rows(const int64_t (&counted)[4]) {
+    alignas(16) int32_t sum[4], product[4];
+    add_lanes(sums.sum, sum);
+    add_lanes(sums.product, product);
+    sums = CodeSums();
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      int64_t* counter = out.counters[first + i];
+      counter[kStatsSum] += sum[i];
+      counter[kStatsSquares] += product[i] + 128 * int64_t{sum[i]};
+      if (out.samples[first + i]->high_clips) counter[kStatsClipped] += out.channels - counted[i];
+    }
+  }
+
+  static void add_lanes(__m512i v, int32_t (&to)[4]) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  }
+};
+
+template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+__attribute__((always_inline)) inline void requantize_tile(const TileOutput& out, int64_t block_bytes, const __m512i (&acc)[kRows][kBlocks]) {
+  Requantizer<kOneSample, kResidual, kLow, kRows, kBlocks> to(out, block_bytes);
+  to.template rows<0>(acc);
+  if constexpr (kRows > 4) to.template rows<4>(acc);
+  if constexpr (kRows > 8) to.template rows<8>(acc);
+  to.finish();
 }
 
-/// Requantizes at once. All rows lie in one sample, which is valid, and the activation is a clamp.
+/// Requantizes at once; the samples are plain.
 template <int kRows, int kBlocks>
-void tile_codes(const TileInput& in, const TileOutput& out) {
+__attribute__((noinline)) void tile_codes(const TileInput& in, const TileOutput& out) {
   __m512i acc[kRows][kBlocks];
   multiply(in, acc);
-  if (out.residual) requantize_tile<true>(in, out, acc);
-  else requantize_tile<false>(in, out, acc);
+  if (out.residual) requantize_tile<true, true, Low::either>(out, in.block_bytes, acc);
+  else if (out.samples[0]->low_clips) requantize_tile<true, false, Low::compared>(out, in.block_bytes, acc);
+  else requantize_tile<true, false, Low::lifted>(out, in.block_bytes, acc);
+}
+template <int kRows, int kBlocks>
+__attribute__((noinline)) void tile_codes_of_samples(const TileInput& in, const TileOutput& out) {
+  __m512i acc[kRows][kBlocks];
+  multiply(in, acc);
+  requantize_tile<false, true, Low::either>(out, in.block_bytes, acc);
 }
 
 using AccumulatorsTile = void (*)(const TileInput&, int32_t*);
@@ -275,6 +349,8 @@ constexpr AccumulatorsTile kAccumulatorsTiles[kPanelBlocks][kTileRows] = {
     {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)}, {PROBQUANT_TILES_8(tile_accumulators, 3)}};
 constexpr CodesTile kCodesTiles[kPanelBlocks][kTileRows] = {
     {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)}, {PROBQUANT_TILES_8(tile_codes, 3)}};
+constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
+    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)}, {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue from memory: what is left, and layer_requantize
@@ -313,15 +389,32 @@ class DenseKernel {
   static int64_t max_rows(int64_t blocks) { return blocks % 2 == 1 && blocks > 1 ? 8 : 12; }
   static int panel_blocks(int64_t left) { return left == 1 ? 1 : left == 3 ? 3 : 2; }
 
-  DenseKernel(const LayerProblem& problem, Output kind, int64_t first_row)
-      : p(problem), output(kind), channels(problem.shape.out_channels), chunk_sample(first_row / problem.rows_per_sample) {}
+  DenseKernel(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
+
+  /// Rows [begin, end) follow, of at most kChunkSamples samples.
+  void start_chunk(int64_t begin, int64_t end) {
+    if (output != Output::codes) return;
+    chunk_sample = begin / p.rows_per_sample;
+    chunk_samples = (end - 1) / p.rows_per_sample + 1 - chunk_sample;
+    for (int64_t i = 0; i < chunk_samples; ++i) {
+      constants[i].set(p.samples[chunk_sample + i], p.activation);
+      for (int64_t& counter : counters[i]) counter = 0;
+    }
+  }
 
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
-    if (output == Output::codes && tile.sample[0] != current.sample) start_sample(tile.sample[0]);
-    const bool at_once = output == Output::codes && tile.one_sample && current.plain;
-    const TileOutput out{&current, panel.block, panel.channels, tile.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr};
+    TileOutput out{panel.block, panel.channels, tile.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
+    bool at_once = output == Output::codes;
+    for (int i = 0; at_once && i < (tile.one_sample ? 1 : tile.rows); ++i) {
+      const int64_t at = tile.sample[i] - chunk_sample;
+      samples[i] = &constants[at];
+      row_counters[i] = counters[at];
+      at_once = samples[i]->plain;
+    }
+    if (output == Output::codes && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
+    const auto* const tiles = tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles;
     driver.accumulate(tile, panel, [&](const TileInput& in, bool last) {
-      if (last && at_once) kCodesTiles[panel.blocks - 1][tile.rows - 1](in, out);
+      if (last && at_once) tiles[panel.blocks - 1][tile.rows - 1](in, out);
       else kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
     });
     if (!at_once) finish(tile.row, tile.sample, tile.rows, driver.partial, panel.blocks * kBlockChannels, panel);
@@ -332,7 +425,7 @@ class DenseKernel {
   void finish(const int64_t* row, const int64_t* sample, int rows, const int32_t* acc, int64_t row_step, const Panel& panel) {
     for (int i = 0; i < rows; ++i) {
       const SampleEpilogue& e = p.samples[sample[i]];
-      if (output == Output::codes && sample[i] != current.sample) start_sample(sample[i]);
+      if (output == Output::codes && (sample[i] != current_sample || current.values >= kFlushAfter)) start_sample(sample[i]);
       const Rounding rounding(e.y_zero_point);
       for (int64_t j = 0; j < panel.blocks; ++j) {
         const int64_t at = row[i] * channels + panel.channel + j * kBlockChannels;
@@ -373,13 +466,10 @@ class DenseKernel {
     if (output != Output::codes) return;
     flush_run();
     flush_channels();
-    current.sample = -1;
+    current_sample = -1;
     for (int64_t i = 0; i < chunk_samples; ++i)
-      for (int64_t column = 0; column < kStatsSample; ++column) {
+      for (int64_t column = 0; column < kStatsSample; ++column)
         if (counters[i][column]) add(stats_row(chunk_sample + i) + column, counters[i][column]);
-        counters[i][column] = 0;
-      }
-    chunk_samples = 0;
   }
 
  private:
@@ -404,17 +494,15 @@ class DenseKernel {
 
   void start_sample(int64_t sample) {
     flush_run();
-    if (p.channel_stats) flush_channels();
-    if (chunk_samples == 0) chunk_sample = sample;
-    chunk_samples = max_i(chunk_samples, sample - chunk_sample + 1);
-    current.set(p, sample);
+    current_sample = sample;
   }
 
   void flush_run() {
-    if (current.sample < 0 || current.values == 0) return;
-    int64_t* counter = counters[current.sample - chunk_sample];
+    if (current.values == 0) return;
+    const int64_t at = current_sample - chunk_sample;
+    int64_t* counter = counters[at];
     current.sums.flush(counter[kStatsSum], counter[kStatsSquares]);
-    counter[kStatsClipped] += current.values - _mm512_reduce_add_epi32(current.inside);
+    if (constants[at].high_clips || !constants[at].plain) counter[kStatsClipped] += current.values - _mm512_reduce_add_epi32(current.inside);
     current.inside = _mm512_setzero_si512();
     current.values = 0;
   }
@@ -464,9 +552,14 @@ class DenseKernel {
   const Output output;
   const int64_t channels;
 
-  Run current;
-  int64_t chunk_sample, chunk_samples = 0;
-  int64_t counters[kChunkSamples + 1][kStatsSample] = {};
+  int64_t chunk_sample = 0, chunk_samples = 0;
+  SampleConstants constants[kChunkSamples + 1];
+  int64_t counters[kChunkSamples + 1][kStatsSample];
+
+  int64_t current_sample = -1;  ///< whose moments are in `current`
+  Moments current;
+  const SampleConstants* samples[kTileRows];  ///< of the tile's rows
+  int64_t* row_counters[kTileRows];
 
   int64_t channel_sample = -1, channel_first = 0, channel_count = 0;
   __m512i channel_sums[kPanelBlocks] = {}, channel_squares[kPanelBlocks] = {};
@@ -478,7 +571,7 @@ class DenseKernel {
 
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
   DenseDriver driver(p);
-  DenseKernel kernel(p, output, range.row_begin);
+  DenseKernel kernel(p, output);
   driver.run(range, kernel);
 }
 
@@ -487,7 +580,7 @@ void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Ou
 void accumulate(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
 
 void requantize(const LayerProblem& p, const LayerRange& range) {
-  DenseKernel kernel(p, Output::codes, range.row_begin);
+  DenseKernel kernel(p, Output::codes);
   for_each_row_panel(p, range, kernel, [&](int64_t row, int64_t sample, const Panel& panel) {
     kernel.finish_row(row, sample, p.accumulators + row * p.shape.out_channels + panel.channel, panel);
   });

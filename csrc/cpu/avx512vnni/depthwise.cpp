@@ -9,10 +9,13 @@
 // A group with only one or two blocks of 16 channels would waste 3/4 or 1/2 of the vector: it fills the other lanes with
 // the same channels of other output rows ("slots").
 //
-// Register tile: 2 rows x 2 columns or 1 row x 4 columns, times 4 parts: 16 accumulators. A step (one quad of one kernel
-// column) needs 4 strip loads per column and 4 weights per row for 16 vpdpbusd. The epilogue adds 3 registers of moments
-// and clip counts, 6 of constants, and reads the two floats per part and lane from L1.
-// L1: a strip has at most kStripQuads x 256 bytes = 16 KB, the weights of a group 2 x steps x 256 (1.5 KB for 3x3).
+// Two passes over a strip, two parts each (the first keeps 16-bit codes in L1), so that the weights of a 3x3 kernel stay in
+// registers: 2 rows x 3 columns x 2 parts = 12. Register tile: 2 rows x 1 column or 1 row x 2 columns, times 2 parts: 4
+// accumulators; the epilogue adds 6 of constants (bounds, zero point, corrections), 4 of moments and clip counts, and
+// reads two floats per part and lane from L1. Small tiles let the out-of-order window mix the dot products (ports 0 and 1)
+// of one tile with the conversions (ports 2 and 3) of another. Larger kernels read weights from L1, for twice the columns.
+// L1: a strip has at most kStripQuads x 256 bytes = 16 KB, what the first pass keeps 8 KB, the weights of a group
+// 2 x steps x 256 (1.5 KB for 3x3).
 #include "../depthwise_geometry.h"
 #include "epilogue.h"
 
@@ -24,7 +27,7 @@ namespace {
 constexpr int64_t kVector = 64, kParts = 4, kQuadBytes = kParts * kVector;
 constexpr int64_t kMaxSteps = 32;    // of the stream; 9x9 has 27
 constexpr int64_t kMaxQuads = 8;     // per kernel column
-constexpr int64_t kStripQuads = 64;  // interleaved (column, quad) pairs held at once
+constexpr int64_t kStripQuads = 63;  // interleaved (column, quad) pairs held at once
 
 /// Exchanges lane j of vector p with lane p of vector j: part order to the natural order of dwords, and back.
 inline void transpose_lanes(__m512i (&v)[kParts]) {
@@ -103,19 +106,19 @@ struct Work {
     }
   }
 
-  /// Whether the activation's bounds and the saturation may act on codes after the conversion: every t stays far inside
-  /// int32 and is no NaN, and both bounds are within reach of the code range. rint and saturation are monotone, so
-  /// clamping before or after them gives the same code.
+  /// Whether the activation's bounds and the saturation may act on codes, after the conversion: every t stays far inside
+  /// int32 and is no NaN, and both bounds are within reach of the code range. rint and saturation are monotone, so clamping
+  /// before or after them gives the same code.
   bool prepare_fast() {
-    const float z = static_cast<float>(s->y_zero_point), lo_edge = -z - 0.5f, hi_edge = 255.5f - z;
-    if (p.activation != Activation::clamp || p.residual || !(s->activation_lo <= hi_edge) || !(s->activation_hi >= lo_edge)) return false;
+    const float z = static_cast<float>(s->y_zero_point), low = -z - 0.5f, high = 255.5f - z;
+    if (p.activation != Activation::clamp || p.residual || !(s->activation_lo <= high) || !(s->activation_hi >= low)) return false;
     const __m512 largest = _mm512_set1_ps(static_cast<float>(p.layout.taps * 255 * 127));
     for (int i = 0; i < kParts; ++i) {
       const __m512 reach = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_load_ps(multiplier[i])), largest, _mm512_abs_ps(_mm512_load_ps(bias[i])));
       if (_mm512_cmp_ps_mask(reach, _mm512_set1_ps(1e6f), _CMP_LT_OQ) != 0xffff) return false;
     }
-    lower_edge = s->activation_lo < lo_edge ? lo_edge : -kInfinity;
-    upper_edge = s->activation_hi > hi_edge ? hi_edge : kInfinity;
+    lower_edge = s->activation_lo < low ? low : -kInfinity;
+    upper_edge = s->activation_hi > high ? high : kInfinity;
     const Rounding rounding(s->y_zero_point);
     lowest = static_cast<uint8_t>(_mm512_cvtsi512_si32(rounding.codes(_mm512_set1_ps(s->activation_lo))));
     highest = static_cast<uint8_t>(_mm512_cvtsi512_si32(rounding.codes(_mm512_set1_ps(s->activation_hi))));
@@ -183,73 +186,83 @@ inline __m512i pack_codes(const __m512i (&v)[kParts]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogues: half(acc) takes the accumulators of half of a tile's parts, store() ends the tile, finish() hands over what
-// registers summed up
+// Epilogues: first() takes the accumulators of parts 0 and 1 of a vector of outputs, second() those of 2 and 3 and stores,
+// finish() hands over what registers summed up
 
-/// Requantization with everything but the clip test after the conversion (see Work::prepare_fast). `kFull`: no mask and
-/// one slot. `kBothEdges`: values may be clipped at the low end too, which a ReLU rules out.
-template <bool kFull, bool kBothEdges>
+/// Requantization with the activation's bounds on codes (see Work::prepare_fast). The clip test is a subtraction from the
+/// edge whose sign bits are packed along with the codes and counted in bytes: a compare into a mask register costs twice
+/// as much. `kFull`: no mask and one slot. `kClipsLow`: values may be clipped at the low end too, which a ReLU rules out.
+template <bool kFull, bool kClipsLow>
 struct FastCodes {
+  static constexpr int kKept = 2;  ///< vectors that the first half leaves per vector of outputs
+  static constexpr int64_t kFlushClippedAfter = 255;
   Work* w;
+  uint8_t* y;
+  __m512 upper, lower;
+  __m512i zero_point, lowest, highest;
   CodeSums sums;
+  __m512i clipped = _mm512_setzero_si512();  ///< counts in bytes
   int64_t pending = 0;
-  __m512i clipped[kParts] = {};  // one chain of masked subtractions per part
 
-  explicit FastCodes(Work& work) : w(&work) {}
+  explicit FastCodes(Work& work)
+      : w(&work),
+        y(work.p.y),
+        upper(_mm512_set1_ps(work.upper_edge)),
+        lower(_mm512_set1_ps(work.lower_edge)),
+        zero_point(_mm512_set1_epi16(static_cast<int16_t>(work.s->y_zero_point))),
+        lowest(_mm512_set1_epi8(static_cast<char>(work.lowest))),
+        highest(_mm512_set1_epi8(static_cast<char>(work.highest))) {}
 
-  template <int R, int T>
-  struct Tile {
-    __m512i codes[R][T], packed[R][T][2];  ///< of the part before; 16-bit codes of parts 0 and 1, of 2 and 3
+  struct Codes {
+    __m512i q;        ///< 16 bits, not yet saturated to 8
+    __m512i outside;  ///< 16 bits, negative where clipped
   };
-
-  template <int kPart, int R, int T>
-  __attribute__((always_inline)) void part(const __m512i (&acc)[R][T], const Place (&places)[R][T], Tile<R, T>& tile) {
-    const __m512 upper = _mm512_set1_ps(w->upper_edge), lower = _mm512_set1_ps(w->lower_edge);
-    const __m512i minus_one = _mm512_set1_epi32(-1), zero_point = _mm512_set1_epi16(static_cast<int16_t>(w->s->y_zero_point));
-    const __m512 multiplier = _mm512_load_ps(w->multiplier[kPart]), bias = _mm512_load_ps(w->bias[kPart]);
+  template <int kHalf>
+  __attribute__((always_inline)) Codes codes(const __m512i (&acc)[2]) const {
+    __m512i q[2], outside[2];
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][t]), multiplier, bias);
-        __mmask16 outside = _mm512_cmp_ps_mask(v, upper, _CMP_GT_OQ);
-        if (kBothEdges) outside = static_cast<__mmask16>(outside | _mm512_cmp_ps_mask(v, lower, _CMP_LT_OQ));
-        if (!kFull) outside = static_cast<__mmask16>(outside & part_mask(places[r][t].mask, kPart));
-        clipped[kPart] = _mm512_mask_sub_epi32(clipped[kPart], outside, clipped[kPart], minus_one);
-        const __m512i codes = _mm512_cvtps_epi32(v);
-        if (kPart % 2) tile.packed[r][t][kPart / 2] = _mm512_adds_epi16(_mm512_packs_epi32(tile.codes[r][t], codes), zero_point);
-        else tile.codes[r][t] = codes;
-      }
+    for (int j = 0; j < 2; ++j) {
+      const __m512 t =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j]), _mm512_load_ps(w->multiplier[2 * kHalf + j]), _mm512_load_ps(w->bias[2 * kHalf + j]));
+      outside[j] = _mm512_castps_si512(_mm512_sub_ps(upper, t));
+      if (kClipsLow) outside[j] = _mm512_or_si512(outside[j], _mm512_castps_si512(_mm512_sub_ps(t, lower)));
+      q[j] = _mm512_cvtps_epi32(t);
+    }
+    return {_mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point), _mm512_packs_epi32(outside[0], outside[1])};
   }
 
-  template <int R, int T>
-  __attribute__((always_inline)) void store(const Tile<R, T>& tile, const Place (&places)[R][T]) {
-    const __m512i lowest = _mm512_set1_epi8(static_cast<char>(w->lowest)), highest = _mm512_set1_epi8(static_cast<char>(w->highest));
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        __m512i q = _mm512_packus_epi16(tile.packed[r][t][0], tile.packed[r][t][1]);
-        q = _mm512_min_epu8(_mm512_max_epu8(q, lowest), highest);
-        const Place& place = places[r][t];
-        if (kFull) {
-          _mm512_storeu_si512(w->p.y + place.at, q);
-        } else {
-          store_codes(w->p.y, w->g, place, q);
-          q = _mm512_maskz_mov_epi8(place.mask, q);
-        }
-        sums.add(q);
-      }
-    pending += R * T;
-    if (pending > CodeSums::kFlushAfter - 8) flush();
+  __attribute__((always_inline)) void first(const __m512i (&acc)[2], const Place&, __m512i* kept) const {
+    const Codes c = codes<0>(acc);
+    _mm512_store_si512(kept, c.q);
+    _mm512_store_si512(kept + 1, c.outside);
+  }
+  __attribute__((always_inline)) void second(const __m512i (&acc)[2], const Place& place, const __m512i* kept) {
+    const Codes c = codes<1>(acc);
+    __m512i q = _mm512_packus_epi16(_mm512_load_si512(kept), c.q);
+    q = _mm512_min_epu8(_mm512_max_epu8(q, lowest), highest);
+    __m512i outside = _mm512_packs_epi16(_mm512_load_si512(kept + 1), c.outside);
+    outside = _mm512_and_si512(_mm512_srli_epi16(outside, 7), _mm512_set1_epi8(1));
+    if (kFull) {
+      _mm512_storeu_si512(y + place.at, q);
+    } else {
+      store_codes(y, w->g, place, q);
+      q = _mm512_maskz_mov_epi8(place.mask, q);
+      outside = _mm512_maskz_mov_epi8(place.mask, outside);
+    }
+    clipped = _mm512_add_epi8(clipped, outside);
+    sums.add(q);
   }
 
+  /// After at most 2 * kStripQuads vectors.
+  void end_strip(int64_t vectors) {
+    static_assert(4 * kStripQuads <= kFlushClippedAfter + 1, "a byte counts two strips");
+    pending += vectors;
+    if (pending > kFlushClippedAfter - 2 * kStripQuads) flush();
+  }
   void flush() {
     sums.flush(w->sum, w->squares);
-    for (__m512i& counts : clipped) {
-      w->clipped += _mm512_reduce_add_epi32(counts);
-      counts = _mm512_setzero_si512();
-    }
+    w->clipped += _mm512_reduce_add_epi64(_mm512_sad_epu8(clipped, _mm512_setzero_si512()));
+    clipped = _mm512_setzero_si512();
     pending = 0;
   }
   void finish() { flush(); }
@@ -262,23 +275,18 @@ struct VectorOfParts {
 /// What the other epilogues share: they take one vector of outputs at a time.
 template <class Derived>
 struct OneByOne {
+  static constexpr int kKept = 2;
   Work* w;
   explicit OneByOne(Work& work) : w(&work) {}
 
-  template <int R, int T>
-  struct Tile {
-    VectorOfParts acc[R][T];
-  };
-  template <int kPart, int R, int T>
-  void part(const __m512i (&acc)[R][T], const Place (&)[R][T], Tile<R, T>& tile) {
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) tile.acc[r][t].part[kPart] = acc[r][t];
+  void first(const __m512i (&acc)[2], const Place&, __m512i* kept) {
+    _mm512_store_si512(kept, acc[0]);
+    _mm512_store_si512(kept + 1, acc[1]);
   }
-  template <int R, int T>
-  void store(const Tile<R, T>& tile, const Place (&places)[R][T]) {
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) static_cast<Derived*>(this)->one(tile.acc[r][t], places[r][t]);
+  void second(const __m512i (&acc)[2], const Place& place, const __m512i* kept) {
+    static_cast<Derived*>(this)->one(VectorOfParts{{kept[0], kept[1], acc[0], acc[1]}}, place);
   }
+  void end_strip(int64_t) {}
   void finish() {}
 };
 
@@ -374,45 +382,60 @@ struct RowSource {
   int64_t step;
 };
 
+/// One row of every slot, walking along the columns.
 template <int kSlots>
-inline __m512i load_column(const RowSource* rows, int64_t x, __mmask64 mask) {
-  const auto at = [&](int slot) { return rows[slot].at + x * rows[slot].step; };
-  if (kSlots == 1) return _mm512_maskz_loadu_epi8(mask, at(0));
-  if (kSlots == 2) {
-    const auto half = static_cast<__mmask32>(mask);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(half, at(0))), _mm256_maskz_loadu_epi8(half, at(1)), 1);
+struct RowCursor {
+  RowSource slot[kSlots];
+
+  RowCursor(const RowSource* rows, int64_t x) {
+    for (int i = 0; i < kSlots; ++i) slot[i] = {rows[i].at + x * rows[i].step, rows[i].step};
   }
-  const auto quarter = static_cast<__mmask16>(mask);
-  __m512i v = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(quarter, at(0)));
-  v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi8(quarter, at(1)), 1);
-  v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi8(quarter, at(2)), 2);
-  return _mm512_inserti32x4(v, _mm_maskz_loadu_epi8(quarter, at(3)), 3);
-}
+  __attribute__((always_inline)) __m512i next(__mmask64 mask) {
+    const auto load16 = [&](int i) { return _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), slot[i].at); };
+    __m512i v;
+    if (kSlots == 1) {
+      v = _mm512_maskz_loadu_epi8(mask, slot[0].at);
+    } else if (kSlots == 2) {
+      const auto half = static_cast<__mmask32>(mask);
+      v = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(half, slot[0].at)), _mm256_maskz_loadu_epi8(half, slot[kSlots - 1].at), 1);
+    } else {
+      v = _mm512_inserti32x4(_mm512_castsi128_si512(load16(0)), load16(1 % kSlots), 1);
+      v = _mm512_inserti32x4(_mm512_inserti32x4(v, load16(2 % kSlots), 2), load16(3 % kSlots), 3);
+    }
+    for (int i = 0; i < kSlots; ++i) slot[i].at += slot[i].step;
+    return v;
+  }
+};
 
 /// Interleaves input columns [x, x + columns) of 4 rows into every `quads`-th quad of the strip.
 template <int kSlots>
 void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width, __mmask64 mask, int32_t zero_point, int64_t quads, uint8_t* strip) {
   const int64_t step = quads * kQuadBytes;
-  const int64_t first = x < 0 ? (-x < columns ? -x : columns) : 0;                  // strip columns before the image
-  const int64_t last = width - x < columns ? (width - x > first ? width - x : first) : columns;  // and where it ends
+  const int64_t before = x < 0 ? (-x < columns ? -x : columns) : 0;  // columns left of the image
+  const int64_t inside = width - x < columns ? (width - x > before ? width - x : before) : columns;
   const __m512i padding = _mm512_set1_epi8(static_cast<char>(zero_point));
   const auto pad = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t part = 0; part < kParts; ++part) _mm512_store_si512(strip + i * step + part * kVector, padding);
   };
-  pad(0, first);
-  for (int64_t i = first; i < last; ++i) {
-    const __m512i a = load_column<kSlots>(rows, x + i, mask), b = load_column<kSlots>(rows + kSlots, x + i, mask);
-    const __m512i c = load_column<kSlots>(rows + 2 * kSlots, x + i, mask), d = load_column<kSlots>(rows + 3 * kSlots, x + i, mask);
-    const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
-    const __m512i ab_high = _mm512_unpackhi_epi8(a, b), cd_high = _mm512_unpackhi_epi8(c, d);
-    uint8_t* out = strip + i * step;
+  pad(0, before);
+  RowCursor<kSlots> a(rows, x + before), b(rows + kSlots, x + before), c(rows + 2 * kSlots, x + before), d(rows + 3 * kSlots, x + before);
+  uint8_t* out = strip + before * step;
+  for (int64_t i = before; i < inside; ++i, out += step) {
+    const __m512i row_a = a.next(mask), row_b = b.next(mask), row_c = c.next(mask), row_d = d.next(mask);
+    const __m512i ab = _mm512_unpacklo_epi8(row_a, row_b), cd = _mm512_unpacklo_epi8(row_c, row_d);
+    const __m512i ab_high = _mm512_unpackhi_epi8(row_a, row_b), cd_high = _mm512_unpackhi_epi8(row_c, row_d);
     _mm512_store_si512(out, _mm512_unpacklo_epi16(ab, cd));
     _mm512_store_si512(out + kVector, _mm512_unpackhi_epi16(ab, cd));
     _mm512_store_si512(out + 2 * kVector, _mm512_unpacklo_epi16(ab_high, cd_high));
     _mm512_store_si512(out + 3 * kVector, _mm512_unpackhi_epi16(ab_high, cd_high));
   }
-  pad(last, columns);
+  pad(inside, columns);
+}
+
+/// vpdpbusd in place. The intrinsic makes gcc copy all accumulators in every turn of the loop.
+inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
 }
 
 template <int kSize>
@@ -420,55 +443,105 @@ struct Size {
   static constexpr int value = kSize;
 };
 
-/// vpdpbusd in place. The intrinsic makes gcc copy all accumulators in every turn of the loop.
-inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
-}
+/// The weights of two parts. Of three taps they stay in registers, else each step reads them.
+template <int kHalf, bool kThreeTaps, int R>
+struct HalfWeights {
+  const int8_t* at;
+  __m512i taps[kThreeTaps ? 3 : 1][R][2];
 
-/// The accumulators of R rows x T columns of one part. `column` is the strip at the first kernel column of the first
-/// output column.
-template <int kPart, bool kThreeTaps, int R, int T>
-__attribute__((always_inline)) inline void accumulate(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step,
-                                                      __m512i (&acc)[R][T]) {
+  explicit HalfWeights(const Group& g) : at(g.weights[0] + 2 * kHalf * kVector) {
+    for (int kx = 0; kx < 3 && kThreeTaps; ++kx)
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2; ++j) taps[kx][r][j] = load(kx, r, j);
+  }
+  __attribute__((always_inline)) __m512i load(int64_t step, int r, int j) const {
+    return _mm512_load_si512(at + r * kMaxSteps * kQuadBytes + step * kQuadBytes + j * kVector);
+  }
+};
+
+/// The accumulators of R rows x T columns, parts 2 kHalf and 2 kHalf + 1. `column` is the strip at the first kernel column
+/// of the first output column.
+template <int kHalf, bool kThreeTaps, int R, int T>
+__attribute__((always_inline)) inline void accumulate(const Work& w, const HalfWeights<kHalf, kThreeTaps, R>& weights, const uint8_t* column,
+                                                      int64_t tap_step, int64_t column_step, __m512i (&acc)[R][T][2]) {
 #pragma GCC unroll 2
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[r][t] = _mm512_load_si512(w.correction[kPart]);
-  const int8_t* weights = w.g.weights[0] + kPart * kVector;
-  column += kPart * kVector;
-  const auto step = [&](const uint8_t* x) __attribute__((always_inline)) {
-    __m512i rows[R];
-    rows[0] = _mm512_load_si512(weights);
-    if (R == 2) rows[R - 1] = _mm512_load_si512(weights + kMaxSteps * kQuadBytes);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      const __m512i v = _mm512_load_si512(x + t * column_step);
+  for (int j = 0; j < 2; ++j)
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) dot(acc[r][t], v, rows[r]);
-    }
-    weights += kQuadBytes;
-  };
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) acc[r][t][j] = _mm512_load_si512(w.correction[2 * kHalf + j]);
+  column += 2 * kHalf * kVector;
   if (kThreeTaps) {
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) step(column + kx * tap_step);
+    for (int kx = 0; kx < 3; ++kx)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const __m512i v = _mm512_load_si512(column + kx * tap_step + t * column_step + j * kVector);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, weights.taps[kThreeTaps ? kx : 0][r][j]);
+        }
     return;
   }
-  int64_t kx = w.p.layout.kernel_width;
+  int64_t kx = w.p.layout.kernel_width, step = 0;
   do {
     const uint8_t* x = column;
     int64_t quad = w.p.layout.column_steps;
     do {
-      step(x);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        __m512i rows[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) rows[r] = weights.load(step, r, j);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const __m512i v = _mm512_load_si512(x + t * column_step + j * kVector);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, rows[r]);
+        }
+      }
       x += kQuadBytes;
+      ++step;
     } while (--quad > 0);
     column += tap_step;
   } while (--kx > 0);
 }
 
+/// One pass over a strip: parts 2 kHalf and 2 kHalf + 1 of `columns` output columns. `kept` has R * Epilogue::kKept vectors
+/// per column.
+template <int kHalf, int R, bool kThreeTaps, class Epilogue>
+__attribute__((always_inline)) inline void run_half(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step, int64_t columns,
+                                                    const Place (&first)[R], __m512i* kept, Epilogue& epilogue) {
+  const HalfWeights<kHalf, kThreeTaps, R> weights(w.g);
+  Place place[R];
+  for (int r = 0; r < R; ++r) place[r] = first[r];
+  const int64_t channels = w.p.shape.in_channels;
+  const auto tile = [&](auto size) __attribute__((always_inline)) {
+    constexpr int T = decltype(size)::value;
+    __m512i acc[R][T][2];
+    accumulate<kHalf, kThreeTaps>(w, weights, column, tap_step, column_step, acc);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        if (kHalf == 0) epilogue.first(acc[r][t], place[r], kept);
+        else epilogue.second(acc[r][t], place[r], kept);
+        kept += Epilogue::kKept;
+        place[r].at += channels;
+      }
+    column += T * column_step;
+    columns -= T;
+  };
+  constexpr int kTile = (kThreeTaps ? 2 : 4) / R;
+  while (columns >= kTile) tile(Size<kTile>{});
+  while (kTile > 1 && columns > 0) tile(Size<1>{});
+}
+
 /// Outputs of `rows` image rows from y (at most R per slot), columns [x_begin, x_end) of a rectangle's sample.
 template <int R, bool kThreeTaps, class Epilogue>
-void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, const uint8_t* padding_row, Epilogue& kept) {
-  Epilogue epilogue = kept;  // in registers
+void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, const uint8_t* padding_row, Epilogue& state) {
+  Epilogue epilogue = state;  // in registers
   const LayerProblem& p = w.p;
   const Conv2dShape& s = p.shape;
   const Group& g = w.g;
@@ -489,6 +562,7 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
   }
 
   alignas(64) uint8_t strip[kStripQuads * kQuadBytes];
+  __m512i kept[kStripQuads * R * Epilogue::kKept];
   const int64_t span = (s.kernel_width - 1) * s.dilation_width + 1, column_step = s.stride_width * quads * kQuadBytes;
   const int64_t tap_step = s.dilation_width * quads * kQuadBytes;
   const int64_t fit = (kStripQuads / quads - span) / s.stride_width + 1, width = rectangle.x_end - rectangle.x_begin;
@@ -503,30 +577,13 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
       else if (g.slots == 2) interleave<2>(from, x, columns, s.in_width, g.slot_mask, w.s->x_zero_point, quads, to);
       else interleave<4>(from, x, columns, s.in_width, g.slot_mask, w.s->x_zero_point, quads, to);
     }
-    const uint8_t* column = strip;
-    int64_t ox = begin;
-    const auto tile = [&](auto size) __attribute__((always_inline)) {
-      constexpr int T = decltype(size)::value;
-      Place places[R][T];
-      for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) places[r][t] = {place[r].at + (ox + t) * channels, place[r].slot_step, place[r].mask};
-      typename Epilogue::template Tile<R, T> outputs;
-      const auto part = [&](auto index) __attribute__((always_inline)) {
-        __m512i acc[R][T];
-        accumulate<decltype(index)::value, kThreeTaps>(w, column, tap_step, column_step, acc);
-        epilogue.template part<decltype(index)::value>(acc, places, outputs);
-      };
-      part(Size<0>{}), part(Size<1>{}), part(Size<2>{}), part(Size<3>{});
-      epilogue.store(outputs, places);
-      ox += T;
-      column += T * column_step;
-    };
-    constexpr int kTile = 4 / R;
-    while (ox + kTile <= end) tile(Size<kTile>{});
-    if (kTile == 4 && ox + 2 <= end) tile(Size<2>{});
-    if (ox < end) tile(Size<1>{});
+    Place places[R];
+    for (int r = 0; r < R; ++r) places[r] = {place[r].at + begin * channels, place[r].slot_step, place[r].mask};
+    run_half<0, R, kThreeTaps>(w, strip, tap_step, column_step, end - begin, places, kept, epilogue);
+    run_half<1, R, kThreeTaps>(w, strip, tap_step, column_step, end - begin, places, kept, epilogue);
+    epilogue.end_strip(R * (end - begin));
   }
-  kept = epilogue;
+  state = epilogue;
 }
 
 /// Runs a rectangle with one epilogue.

@@ -116,6 +116,23 @@ struct CodeSums {
   }
 };
 
+/// A set of codes: bit (code & 7) of row (code >> 3 & 1), byte (code >> 4).
+struct CodeSet {
+  alignas(16) uint8_t bits[2][16] = {};
+
+  void insert(uint8_t code) { bits[code >> 3 & 1][code >> 4] = static_cast<uint8_t>(bits[code >> 3 & 1][code >> 4] | 1u << (code & 7)); }
+  /// Which of 64 codes are in it.
+  __mmask64 contains(__m512i codes) const {
+    const auto table = [](const uint8_t* row) { return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(row))); };
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble), low = _mm512_and_si512(codes, nibble);
+    const __m512i bit = _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201)), low);
+    const __mmask64 upper = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(8));
+    const __m512i row = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table(bits[0]), high), upper, table(bits[1]), high);
+    return _mm512_test_epi8_mask(row, bit);
+  }
+};
+
 /// Adds the moments of every channel of codes [rows, channels] with `stride` codes from row to row.
 inline void add_channel_moments(const uint8_t* q, int64_t rows, int64_t channels, int64_t stride, int64_t* sums, int64_t* squares) {
   constexpr int64_t kRows = 32768;  // 255^2 each stay below 2^32

@@ -5,11 +5,17 @@ namespace probquant {
 
 void install_dense_avx512vnni(Kernels& table);
 void install_depthwise_avx512vnni(Kernels& table);
+void install_elementwise_avx512vnni(Kernels& table);
+void install_patch_sums_avx512vnni(Kernels& table);
+void install_quantize_avx512vnni(Kernels& table);
 
 void install_avx512vnni(Kernels& table) {
   table.name = "avx512vnni";
   install_dense_avx512vnni(table);
   install_depthwise_avx512vnni(table);
+  install_elementwise_avx512vnni(table);
+  install_patch_sums_avx512vnni(table);
+  install_quantize_avx512vnni(table);
 }
 
 }  // namespace probquant

@@ -1,0 +1,154 @@
+// Elementwise ops without weights, AVX2: as avx512vnni/elementwise.cpp with 32 codes per step. A table of 256 bytes is 16
+// registers' worth: it is read by the scalar unit, which keeps up with a byte per cycle.
+#include "epilogue.h"
+
+namespace probquant {
+namespace {
+
+constexpr int64_t kVector = 32;
+
+/// Codes widened to dwords in part order (byte 16 j + 4 p + i is dword 4 j + i of part p), less their zero point.
+struct Parts {
+  __m256i part[4];
+  Parts(__m256i codes, __m256i zero_point) {
+    const __m256i zero = _mm256_setzero_si256(), low = _mm256_unpacklo_epi8(codes, zero), high = _mm256_unpackhi_epi8(codes, zero);
+    part[0] = _mm256_sub_epi32(_mm256_unpacklo_epi16(low, zero), zero_point);
+    part[1] = _mm256_sub_epi32(_mm256_unpackhi_epi16(low, zero), zero_point);
+    part[2] = _mm256_sub_epi32(_mm256_unpacklo_epi16(high, zero), zero_point);
+    part[3] = _mm256_sub_epi32(_mm256_unpackhi_epi16(high, zero), zero_point);
+  }
+};
+
+/// Which dwords of part p are among the first n bytes.
+inline int part_mask(int64_t n, int p) {
+  const uint32_t bytes = n >= 32 ? ~0u : (1u << n) - 1;
+  return static_cast<int>((bytes >> 4 * p & 0xf) | (bytes >> (16 + 4 * p) & 0xf) << 4);
+}
+inline __m256 lanes_of(int mask) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit));
+}
+
+/// factor_a (a - z_a) + offset, plus factor_b (b - z_b), then the bounds: the arithmetic of requantize and layer_value.
+struct Sum {
+  __m256 factor_a, offset, factor_b, lo, hi;
+  __m256i zero_a, zero_b;
+
+  Sum(const SampleEpilogue& s, float a, float o, float b, float low, float high)
+      : factor_a(_mm256_set1_ps(a)),
+        offset(_mm256_set1_ps(o)),
+        factor_b(_mm256_set1_ps(b)),
+        lo(_mm256_set1_ps(low)),
+        hi(_mm256_set1_ps(high)),
+        zero_a(_mm256_set1_epi32(s.x_zero_point)),
+        zero_b(_mm256_set1_epi32(s.residual_zero_point)) {}
+
+  __m256 value(__m256i a, __m256i b) const {
+    const __m256 t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), factor_a, offset);
+    return clamp_ps(_mm256_fmadd_ps(_mm256_cvtepi32_ps(b), factor_b, t), lo, hi);
+  }
+};
+
+void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEpilogue& s, float activation_min, float activation_max, float* lo,
+               float* hi) {
+  const Sum sum(s, s.x_scale, 0.0f, s.residual_scale, activation_min, activation_max);
+  __m256 low = _mm256_set1_ps(kInfinity), high = _mm256_set1_ps(-kInfinity);
+  for (int64_t i = 0; i < count; i += kVector) {
+    const Parts x(load_bytes32(a + i, count - i), sum.zero_a), y(load_bytes32(b + i, count - i), sum.zero_b);
+    for (int p = 0; p < 4; ++p) {
+      const __m256 value = sum.value(x.part[p], y.part[p]), exists = lanes_of(part_mask(count - i, p));
+      low = _mm256_min_ps(_mm256_blendv_ps(low, value, exists), low);
+      high = _mm256_max_ps(_mm256_blendv_ps(high, value, exists), high);
+    }
+  }
+  alignas(32) float lows[8], highs[8];
+  _mm256_store_ps(lows, low);
+  _mm256_store_ps(highs, high);
+  *lo = kInfinity;
+  *hi = -kInfinity;
+  for (int i = 0; i < 8; ++i) {
+    *lo = lows[i] < *lo ? lows[i] : *lo;
+    *hi = highs[i] > *hi ? highs[i] : *hi;
+  }
+}
+
+void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
+         bool channel_stats) {
+  const Sum sum(s, s.multiplier, s.inverse_scale * 0.0f, s.residual_multiplier, s.activation_lo, s.activation_hi);
+  const Rounding rounding(s.y_zero_point);
+  CodeSums sums;
+  int64_t total = 0, squares = 0, clipped = 0, pending = 0;
+  for (int64_t i = 0; i < count; i += kVector) {
+    const int64_t n = count - i;
+    if (!s.valid) {
+      store_bytes32(y + i, _mm256_setzero_si256(), n);
+      continue;
+    }
+    Parts x(load_bytes32(a + i, n), sum.zero_a);
+    const Parts residual(load_bytes32(b + i, n), sum.zero_b);
+    for (int p = 0; p < 4; ++p) {
+      const __m256 t = sum.value(x.part[p], residual.part[p]);
+      clipped += count_bits(rounding.clipped(t) & part_mask(n, p));
+      x.part[p] = rounding.codes(t);
+    }
+    const __m256i q = _mm256_packus_epi16(_mm256_packs_epi32(x.part[0], x.part[1]), _mm256_packs_epi32(x.part[2], x.part[3]));
+    store_bytes32(y + i, q, n);
+    sums.add(keep_bytes(q, n));
+    if (++pending == CodeSums::kFlushAfter) {
+      sums.flush(total, squares);
+      pending = 0;
+    }
+  }
+  sums.flush(total, squares);
+  add_to(stats + kStatsSum, total);
+  add_to(stats + kStatsSquares, squares);
+  add_to(stats + kStatsClipped, clipped);
+  if (channel_stats && s.valid) add_channel_moments(y, count / channels, channels, channels, stats + kStatsSample, stats + kStatsSample + channels);
+}
+
+void lookup(const uint8_t* q, int64_t rows, int64_t channels, int64_t q_stride, const Code* table, uint8_t* y, int64_t y_stride, int64_t* stats,
+            int64_t* channel_sums, int64_t* channel_squares) {
+  uint8_t bytes[256];
+  CodeSet clipping;
+  bool any_clips = false;
+  for (int i = 0; i < 256; ++i) {
+    bytes[i] = table[i].q;
+    if (!table[i].clipped) continue;
+    clipping.insert(static_cast<uint8_t>(i));
+    any_clips = true;
+  }
+  CodeSums sums;
+  int64_t total = 0, squares = 0, clipped = 0, pending = 0;
+  const bool dense = q_stride == channels && y_stride == channels;
+  const int64_t runs = dense ? 1 : rows, count = dense ? rows * channels : channels;
+  for (int64_t run = 0; run < runs; ++run)
+    for (int64_t i = 0; i < count; i += kVector) {
+      const int64_t n = count - i < kVector ? count - i : kVector;
+      const uint8_t* from = q + run * q_stride + i;
+      alignas(32) uint8_t out[kVector] = {};
+      if (any_clips) clipped += __builtin_popcount(clipping.contains(load_bytes32(from, n)) & (n == kVector ? ~0u : (1u << n) - 1));
+      for (int64_t k = 0; k < n; ++k) out[k] = bytes[from[k]];
+      const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(out));
+      store_bytes32(y + run * y_stride + i, codes, n);
+      sums.add(codes);
+      if (++pending == CodeSums::kFlushAfter) {
+        sums.flush(total, squares);
+        pending = 0;
+      }
+    }
+  sums.flush(total, squares);
+  add_to(stats + kStatsSum, total);
+  add_to(stats + kStatsSquares, squares);
+  add_to(stats + kStatsClipped, clipped);
+  if (channel_sums) add_channel_moments(y, rows, channels, y_stride, channel_sums, channel_squares);
+}
+
+}  // namespace
+
+void install_elementwise_avx2(Kernels& table) {
+  table.lookup = lookup;
+  table.add_range = add_range;
+  table.add = add;
+}
+
+}  // namespace probquant

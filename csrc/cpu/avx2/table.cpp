@@ -1,0 +1,13 @@
+// The AVX2 entries of the kernel table.
+#include "../kernels.h"
+
+namespace probquant {
+
+void install_dense_avx2(Kernels& table);
+
+void install_avx2(Kernels& table) {
+  table.name = "avx2";
+  install_dense_avx2(table);
+}
+
+}  // namespace probquant
