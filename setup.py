@@ -92,7 +92,7 @@ class CMakeBuild(build_ext):
 
     def get_source_files(self):
         """What a source distribution needs beside the Python files."""
-        folders = ("csrc", "third_party", "tests")
+        folders = ("benchmarks", "csrc", "third_party", "tests")
         files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
         kept = [path.relative_to(ROOT) for path in files if "__pycache__" not in path.parts]
         return sorted(str(path) for path in [Path("CMakeLists.txt"), *kept])

@@ -77,7 +77,6 @@ def probquant_model(network: Network, x: Tensor, threads: int, strategy: str) ->
 
 
 def probquant_compiled(network: Network, x: Tensor, threads: int) -> Runner:
-    torch._dynamo.reset()
     return _torch_runner(torch.compile(network.ours("probabilistic"), fullgraph=True), x)
 
 
@@ -88,7 +87,6 @@ def torch_eager(network: Network, x: Tensor, threads: int) -> Runner:
 def torch_compiled(network: Network, x: Tensor, threads: int) -> Runner:
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     compiled = torch.compile(network.model)
     with inductor.patch(freezing=True):
         compiled(x)
@@ -102,7 +100,6 @@ def torch_pt2e(network: Network, x: Tensor, threads: int) -> Runner:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
-    torch._dynamo.reset()
     exported = torch.export.export(network.model, (x,)).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(exported, quantizer)
@@ -232,6 +229,7 @@ STATIC_PEERS = ("onnxruntime static", "openvino static", "torch PT2E static")
 
 def measure(network: Network, batch: int, threads: int, names: list[str], args) -> tuple[list[dict], dict]:
     """(rows of one network, batch and thread count, {"paired", "skipped", "sqnr"})."""
+    torch._dynamo.reset()  # what was compiled for another batch; not later, which would have contestants of this one recompile
     x = noise_images(batch, seed=1)
     if not network.is_transformer:
         x = x.to(memory_format=torch.channels_last)

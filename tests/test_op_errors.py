@@ -121,9 +121,13 @@ def cases():
             else:
                 yield op, {name: [-1]}, ["padding", "-1"]
                 yield op, {name: [0, 0, 0, -2]}, ["padding", "-2"]
-                yield op, {name: [2**62]}, ["padding"]
-        yield op, {"kernel_size": [9]}, ["kernel|window", r"\(9, 9\)", "larger than the padded input"]
-        yield op, {"kernel_size": [2**40]}, ["."]
+                yield op, {name: [2**62]}, ["padding"]  # sizes that overflow on the way
+            if name == "dilation":
+                yield op, {name: [2**63 - 1]}, ["dilation"]
+        large = {"packed_weight": weight(8, 9, 9, 4)} if op == "conv2d" else {}
+        yield op, {"kernel_size": [9], **large}, ["kernel|window", r"\(9, 9\)", "larger than the padded input"]
+        if op != "conv2d":
+            yield op, {"kernel_size": [2**40]}, ["larger than the padded input"]
     for op in ("max_pool2d", "avg_pool2d"):
         yield op, {"padding": [3]}, [r"padding \(3, 3, 3, 3\)", r"must be smaller than the window \(3, 3\)"]
     for op in ("conv2d", "surrogate_law"):
@@ -230,7 +234,6 @@ def cases():
         ("b_stats", torch.zeros(2, 3, dtype=INT32), "b_stats has dtype int32, want int64"),
     ):
         yield "add", {part: wrong}, [says]
-    yield "concat", {"xs": [], "scales": [], "zero_points": []}, ["xs is empty"]
     yield "concat", {"scales": [x[1]]}, ["2 xs, 1 scales, 2 zero_points, want as many of each"]
     yield "concat", {"xs": [x[0], image(h=4)[0]]}, [r"xs\[1\] has shape \[2, 4, 4, 5\], want that of xs\[0\] \[2, 4, 5, 5\] but for the channels"]
     yield "concat", {"xs": [x[0], x[0].to(torch.int8)]}, [r"xs\[1\] has dtype int8, want uint8"]
@@ -262,10 +265,8 @@ def test_sums_too_long_for_the_accumulator():
 
 
 def test_patch_sums_too_large_for_int64_are_refused():
-    """Tensors that take no memory: the check has to come before any of them is read."""
-    q = torch.zeros(1, dtype=UINT8).as_strided((1, 60_000, 1, 1), (60_000, 1, 60_000, 60_000)).expand(1, 60_000, 1, 1)
-    with pytest.raises(RuntimeError, match="probquant: "):
-        ops.surrogate_law(q, torch.ones(1), torch.zeros(1, dtype=INT32), torch.zeros(1, 3, dtype=INT64), 1, [1], [1], [20_000, 20_000], [1], 1, strategy=3, predictor=torch.ones(7), gamma=1)  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"too large for exact patch sums \(201 x 201 positions of 60000 values\)"):
+        ops.surrogate_law(*image(1, 60_000, 1, 1), 1, [1], [1], [100], [1], 1, strategy=3, predictor=torch.ones(7), gamma=1)
 
 
 def test_wrong_kinds_of_arguments():
@@ -275,12 +276,9 @@ def test_wrong_kinds_of_arguments():
             ops.dequantize(*arguments)
 
 
-def test_other_devices_are_refused():
-    meta = [t.to("meta") for t in image()]
-    x = image()
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        ops.add(*x, *meta)
-    assert ops.add(*meta, *meta)[0].device.type == "meta"
+def test_concat_of_nothing():
+    with pytest.raises(RuntimeError, match="concat"):  # torch's own: without a tensor it knows no device
+        ops.concat([], [], [])
 
 
 def test_an_error_leaves_the_library_usable():

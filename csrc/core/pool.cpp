@@ -14,37 +14,6 @@ struct Window {
   int64_t divisor;
 };
 
-/// Integer sums of (q - zero point) over a window, every channel.
-void window_sums(const uint8_t* image, int64_t width, int64_t channels, const Window& w, int32_t zero_point, int32_t* sums) {
-  const auto pixels = static_cast<int32_t>((w.y_end - w.y_begin) * (w.x_end - w.x_begin));
-  std::fill_n(sums, channels, -pixels * zero_point);
-  for (int64_t y = w.y_begin; y < w.y_end; ++y)
-    for (int64_t x = w.x_begin; x < w.x_end; ++x) {
-      const uint8_t* pixel = image + (y * width + x) * channels;
-      for (int64_t c = 0; c < channels; ++c) sums[c] += pixel[c];
-    }
-}
-
-/// Local moments of one output, added to the shared stats once.
-struct LocalStats {
-  int64_t sum = 0, squares = 0, clipped = 0;
-  void add_to(int64_t* stats) const {
-    atomic_add(stats + kStatsSum, sum);
-    atomic_add(stats + kStatsSquares, squares);
-    atomic_add(stats + kStatsClipped, clipped);
-  }
-};
-
-void count(LocalStats& local, Code code, int64_t channel, int64_t channels, bool channel_stats, int64_t* stats) {
-  local.sum += code.q;
-  local.squares += int64_t{code.q} * code.q;
-  local.clipped += code.clipped;
-  if (channel_stats) {
-    atomic_add(stats + kStatsSample + channel, code.q);
-    atomic_add(stats + kStatsSample + channels + channel, int64_t{code.q} * code.q);
-  }
-}
-
 void check_range(const RangeArguments& range) {
   require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian,
           "average pool: strategy ", static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
@@ -60,13 +29,17 @@ void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channel
   clear_stats(y, batch, channels);
   std::vector<SampleEpilogue> epilogues(static_cast<size_t>(batch));
   std::vector<float> exact(static_cast<size_t>(2 * batch));
-  const auto for_each_sum = [&](int64_t n, int64_t begin, int64_t end, auto visit) {
+  const int64_t positions = out_height * out_width;
+  // visit(position, sums, offset, share): every channel of one output, share * (sum - offset)
+  const auto for_each_output = [&](int64_t n, int64_t begin, int64_t end, auto visit) {
     std::vector<int32_t> sums(static_cast<size_t>(channels));
     for (int64_t position = begin; position < end; ++position) {
       const Window w = window_at(position / out_width, position % out_width);
-      window_sums(x.q + n * in_height * in_width * channels, in_width, channels, w, epilogues[static_cast<size_t>(n)].x_zero_point, sums.data());
-      const float share = 1.0f / static_cast<float>(w.divisor);
-      for (int64_t c = 0; c < channels; ++c) visit((n * out_height * out_width + position) * channels + c, c, sums[static_cast<size_t>(c)], share);
+      const int64_t rows = w.y_end - w.y_begin, columns = w.x_end - w.x_begin;
+      kernels().window_sums(x.q + ((n * in_height + w.y_begin) * in_width + w.x_begin) * channels, rows, columns, in_width * channels, channels,
+                            channels, sums.data());
+      const int32_t offset = static_cast<int32_t>(rows * columns) * epilogues[static_cast<size_t>(n)].x_zero_point;
+      visit(position, sums.data(), offset, 1.0f / static_cast<float>(w.divisor));
     }
   };
   for (int64_t n = 0; n < batch; ++n) {
@@ -74,12 +47,13 @@ void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channel
     exact[static_cast<size_t>(2 * n)] = kInfinity, exact[static_cast<size_t>(2 * n + 1)] = -kInfinity;
   }
   if (range.strategy != Strategy::fixed)
-    parallel_over_samples(executor, batch, out_height * out_width, 1, [&](int64_t n, int64_t begin, int64_t end) {
+    parallel_over_samples(executor, batch, positions, 1, [&](int64_t n, int64_t begin, int64_t end) {
       float lo = kInfinity, hi = -kInfinity;
-      for_each_sum(n, begin, end, [&](int64_t, int64_t, int32_t sum, float share) {
-        const float value = layer_value(sum, share, 0.0f, 0, epilogues[static_cast<size_t>(n)], Activation::clamp, -kInfinity, kInfinity, false);
-        lo = min_f(value, lo);
-        hi = max_f(value, hi);
+      for_each_output(n, begin, end, [&](int64_t, const int32_t* sums, int32_t offset, float share) {
+        float low, high;
+        kernels().average_range(sums, channels, offset, share, epilogues[static_cast<size_t>(n)], &low, &high);
+        lo = min_f(low, lo);
+        hi = max_f(high, hi);
       });
       atomic_widen(&exact[static_cast<size_t>(2 * n)], lo, hi);
     });
@@ -89,15 +63,15 @@ void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channel
     set_output(epilogues[static_cast<size_t>(n)], qparams, -kInfinity, kInfinity);
     write_qparams(y, n, epilogues[static_cast<size_t>(n)], qparams);
   }
-  parallel_over_samples(executor, batch, out_height * out_width, 1, [&](int64_t n, int64_t begin, int64_t end) {
-    int64_t* stats = stats_row(y, n, channels);
-    LocalStats local;
-    for_each_sum(n, begin, end, [&](int64_t at, int64_t c, int32_t sum, float share) {
-      const Code code = requantize(sum, share, 0.0f, 0, epilogues[static_cast<size_t>(n)], Activation::clamp, false);
-      y.q[at] = code.q;
-      count(local, code, c, channels, y.channel_stats, stats);
+  parallel_over_samples(executor, batch, positions, 1, [&](int64_t n, int64_t begin, int64_t end) {
+    uint8_t* out = y.q + n * positions * channels;
+    int64_t clipped = 0;
+    for_each_output(n, begin, end, [&](int64_t position, const int32_t* sums, int32_t offset, float share) {
+      clipped += kernels().average(sums, channels, offset, share, epilogues[static_cast<size_t>(n)], out + position * channels);
     });
-    local.add_to(stats);
+    int64_t* stats = stats_row(y, n, channels);
+    kernels().moments(out + begin * channels, (end - begin) * channels, channels, y.channel_stats, stats);
+    atomic_add(stats + kStatsClipped, clipped);
   });
   mark_invalid(y, batch, channels);
 }
@@ -111,23 +85,26 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
     y.scale[n] = valid_scale(x.scale[n]) ? x.scale[n] : kNan;
     y.zero_point[n] = clamp_zero_point(x.zero_point[n]);
   }
+  // the part of a kernel axis inside the input: taps [begin, end), the first at `first`
+  struct Taps {
+    int64_t begin, end, first;
+  };
+  const auto taps = [](int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size) {
+    const int64_t start = position * stride - padding;
+    const int64_t begin = start < 0 ? (-start + dilation - 1) / dilation : 0, end = std::min(kernel, (size - start + dilation - 1) / dilation);
+    return Taps{begin, std::max(begin, end), start + begin * dilation};
+  };
+  const int64_t row = s.in_width * channels;
   parallel_over_samples(executor, s.batch, positions, 16, [&](int64_t n, int64_t begin, int64_t end) {
-    int64_t* stats = stats_row(y, n, channels);
-    LocalStats local;
+    const uint8_t* image = x.q + n * s.in_height * row;
+    uint8_t* out = y.q + n * positions * channels;
     for (int64_t position = begin; position < end; ++position) {
-      uint8_t* out = y.q + (n * positions + position) * channels;
-      std::fill_n(out, channels, uint8_t{0});
-      for (int64_t ky = 0; ky < s.kernel_height; ++ky)
-        for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
-          const int64_t iy = position / out_width * s.stride_height - s.padding_top + ky * s.dilation_height;
-          const int64_t ix = position % out_width * s.stride_width - s.padding_left + kx * s.dilation_width;
-          if (iy < 0 || iy >= s.in_height || ix < 0 || ix >= s.in_width) continue;
-          const uint8_t* pixel = x.q + ((n * s.in_height + iy) * s.in_width + ix) * channels;
-          for (int64_t c = 0; c < channels; ++c) out[c] = std::max(out[c], pixel[c]);
-        }
-      for (int64_t c = 0; c < channels; ++c) count(local, {out[c], false}, c, channels, y.channel_stats, stats);
+      const Taps v = taps(position / out_width, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
+      const Taps h = taps(position % out_width, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
+      kernels().window_max(image + v.first * row + h.first * channels, v.end - v.begin, h.end - h.begin, s.dilation_height * row,
+                           s.dilation_width * channels, channels, out + position * channels);
     }
-    local.add_to(stats);
+    kernels().moments(out + begin * channels, (end - begin) * channels, channels, y.channel_stats, stats_row(y, n, channels));
   });
   mark_invalid(y, s.batch, channels);
 }

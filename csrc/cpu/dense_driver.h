@@ -18,7 +18,7 @@ namespace probquant {
 namespace {
 
 constexpr int kTileRows = 12;            // most rows of a register tile
-constexpr int kPanelBlocks = 3;          // most blocks of a register tile
+constexpr int kPanelBlocks = 4;          // most blocks of a register tile
 constexpr int kCallSegments = 16;        // segments that one call of a register tile takes, at most
 constexpr int64_t kPieceBytes = 256;     // longest segment of a table
 constexpr int64_t kChunkSamples = 128;   // whose constants and counters a thread holds
@@ -105,12 +105,15 @@ class DenseDriver {
       // an odd number of blocks ends in a panel of 3, whose tiles are lower
       const int64_t max_rows = Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
-      const int64_t chunk = chunk_rows(tiles_outside);
+      const int64_t rows = range.row_end - range.row_begin, most = chunk_rows(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
         kernel.start_chunk(begin, end);
         if (tiles_outside) {
-          for_each_tile(begin, end, max_rows, [&](const Tile& tile) { for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); }); });
+          for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
+            kernel.start_tile(tile);
+            for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
+          });
         } else {
           for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) {
             const uint8_t* ahead = panel.block + panel.blocks * layout.block_bytes;
@@ -118,6 +121,7 @@ class DenseDriver {
             const int64_t share = ceil_div(panel.blocks * layout.block_bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
               for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+              kernel.start_tile(tile);
               kernel.run(*this, tile, panel);
             });
             kernel.end_panel();
@@ -131,21 +135,16 @@ class DenseDriver {
   /// Calls compute(input, last) until all segments of the tile are done. Unless `last`, it leaves the accumulators in `partial`.
   template <class Compute>
   void accumulate(const Tile& tile, const Panel& panel, Compute compute) {
-    TileInput in;
-    in.segments = segments;
-    in.weights = panel.block + sizeof(BlockHeader);
-    in.block_bytes = layout.block_bytes;
-    set_start(tile, panel, in);
-    in.partial = nullptr;
-    const bool direct = tile.pure && !reads_past_end(tile);
-    in.rows = direct ? tile.x : table;
-    in.row_step = direct ? 0 : kTileRows;
+    input.weights = panel.block + sizeof(BlockHeader);
+    input.partial = nullptr;
+    set_weight_sums(tile, panel);
+    if (one_call) return compute(input, true);
     Cursor at{tile.box.ky0, tile.box.kx0, 0};
     bool more;
     do {
-      more = direct ? next_segments(tile, at, in.segment_count) : next_table(tile, at, in.segment_count);
-      compute(in, !more);
-      in.partial = partial;
+      more = next(tile, at);
+      compute(input, !more);
+      input.partial = partial;
     } while (more);
   }
 
@@ -169,11 +168,11 @@ class DenseDriver {
     return channel / layout.group_channels * layout.group_blocks + channel % layout.group_channels / kBlockChannels;
   }
 
-  /// Rows between two ends of a chunk: their input fills about a third of L2, or a part of L1 when weights are inside too.
+  /// Rows between two ends of a chunk: their input, a panel and what is written stay in L2.
   int64_t chunk_rows(bool tiles_outside) const {
     const int64_t most = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
     if (tiles_outside) return most;
-    constexpr int64_t kInputBytes = 384 << 10;
+    constexpr int64_t kInputBytes = 640 << 10;
     const int64_t bytes = s.in_channels * min_i(s.stride_height, s.kernel_height) * min_i(s.stride_width, s.kernel_width);
     return clamp_i(kInputBytes / bytes, 4 * kTileRows, most);
   }
@@ -197,6 +196,7 @@ class DenseDriver {
   template <class Visit>
   void for_each_tile(int64_t begin, int64_t end, int64_t max_rows, Visit visit) {
     Tile tile;
+    const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
     if (p.rows_per_sample < kTileRows / 2 && s.batch > 1) {  // tiles over several samples
       const int64_t tiles = ceil_div(end - begin, max_rows);
       for (int64_t t = 0; t < tiles; ++t) {
@@ -204,8 +204,9 @@ class DenseDriver {
         const int64_t to = begin + (end - begin) * (t + 1) / tiles;
         for (int64_t row = begin + (end - begin) * t / tiles; row < to; ++row) {
           const int64_t sample = row / p.rows_per_sample, in_sample = row % p.rows_per_sample;
-          add_row(tile, sample, in_sample / p.out_width, in_sample % p.out_width, true);
+          add_row(tile, sample, in_sample / p.out_width, in_sample % p.out_width, padded);
         }
+        if (!padded) tile.box = full;
         finish_tile(tile);
         visit(tile);
       }
@@ -282,12 +283,13 @@ class DenseDriver {
     tile.box = {min_i(b.ky0, tile.box.ky0), max_i(b.ky1, tile.box.ky1), min_i(b.kx0, tile.box.kx0), max_i(b.kx1, tile.box.kx1)};
   }
 
-  void finish_tile(Tile& tile) const {
+  void finish_tile(Tile& tile) {
     tile.one_sample = tile.sample[0] == tile.sample[tile.rows - 1];
     Box& b = tile.box;
     if (b.ky0 >= b.ky1 || b.kx0 >= b.kx1) b = {0, 0, 0, 0}, tile.pure = true;  // padding only
     if (joined && (b.kx0 != 0 || b.kx1 != s.kernel_width)) b.kx0 = 0, b.kx1 = s.kernel_width, tile.pure = tile.pure && b.ky0 == b.ky1;
     if (joined && !contiguous) tile.pure = tile.pure && b.ky0 == b.ky1;
+    prepare(tile);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -303,10 +305,13 @@ class DenseDriver {
     return tile.x[tile.rows - 1] + last + layout.segment_steps * 4 > x_end;
   }
 
-  /// Fills `segments` with what every row reads at the same offset. True: there is more.
-  bool next_segments(const Tile& tile, Cursor& at, int& count) {
+  /// Fills `segments` from a position on. True: there is more.
+  bool next(const Tile& tile, Cursor& at) { return direct ? next_segments(tile, at) : next_table(tile, at); }
+
+  /// With what every row reads at the same offset.
+  bool next_segments(const Tile& tile, Cursor& at) {
     const Box& b = tile.box;
-    count = 0;
+    int& count = input.segment_count = 0;
     const int64_t taps = joined ? s.kernel_width : contiguous ? b.kx1 - b.kx0 : 1;
     const int64_t steps = joined ? layout.segment_steps : taps * layout.segment_steps;
     while (at.ky < b.ky1) {
@@ -318,11 +323,11 @@ class DenseDriver {
     return false;
   }
 
-  /// Fills `segments` and `table`: a pointer per segment and row.
-  bool next_table(const Tile& tile, Cursor& at, int& count) {
+  /// With `table`: a pointer per segment and row.
+  bool next_table(const Tile& tile, Cursor& at) {
     const Box& b = tile.box;
     const int64_t bytes = layout.inputs * layout.segment_taps;
-    count = 0;
+    int& count = input.segment_count = 0;
     int64_t copied = 0;
     while (at.ky < b.ky1) {
       const int64_t piece = min_i(bytes - at.byte, kPieceBytes), steps = (piece + 3) / 4;
@@ -367,19 +372,30 @@ class DenseDriver {
     return copy;
   }
 
-  /// Sums of the weights that the tile will meet, and the zero points that they correct.
-  void set_start(const Tile& tile, const Panel& panel, TileInput& in) {
-    in.zero_points = zero_points;
-    in.one_zero_point = tile.one_sample;
+  /// What all panels of a tile share.
+  void prepare(const Tile& tile) {
+    direct = tile.pure && !reads_past_end(tile);
+    input.segments = segments;
+    input.rows = direct ? tile.x : table;
+    input.row_step = direct ? 0 : kTileRows;
+    input.block_bytes = layout.block_bytes;
+    input.zero_points = zero_points;
+    input.one_zero_point = tile.one_sample;
     for (int i = 0; i < (tile.one_sample ? 1 : tile.rows); ++i) zero_points[i] = p.samples[tile.sample[i]].x_zero_point;
+    Cursor at{tile.box.ky0, tile.box.kx0, 0};
+    one_call = !next(tile, at);
+  }
+
+  /// Sums of the weights that the tile will meet.
+  void set_weight_sums(const Tile& tile, const Panel& panel) {
     const Box& b = tile.box;
     if (b.ky1 - b.ky0 == s.kernel_height && b.kx1 - b.kx0 == s.kernel_width) {
-      in.weight_sums = panel.block + offsetof(BlockHeader, weight_sum);
-      in.sums_step = layout.block_bytes;
+      input.weight_sums = panel.block + offsetof(BlockHeader, weight_sum);
+      input.sums_step = layout.block_bytes;
       return;
     }
-    in.weight_sums = reinterpret_cast<const uint8_t*>(box_sums);
-    in.sums_step = kBlockChannels * 4;
+    input.weight_sums = reinterpret_cast<const uint8_t*>(box_sums);
+    input.sums_step = kBlockChannels * 4;
     for (int64_t j = 0; j < panel.blocks; ++j) {
       const auto* sums = reinterpret_cast<const int32_t*>(panel.block + j * layout.block_bytes + layout.sums_offset);
       int32_t* to = box_sums + j * kBlockChannels;
@@ -400,6 +416,9 @@ class DenseDriver {
   int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
   int64_t group = 0;
 
+  TileInput input;
+  bool direct = true;    ///< the tile reads x itself
+  bool one_call = true;  ///< its segments all fit
   alignas(64) int32_t box_sums[kPanelBlocks * kBlockChannels];
   int32_t zero_points[kTileRows];
   Segment segments[kCallSegments];

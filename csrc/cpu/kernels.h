@@ -86,6 +86,12 @@ struct Kernels {
                     float* lo, float* hi);
   void (*add)(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue&, uint8_t* y, int64_t* stats,
               bool channel_stats);
+  /// Maximum and sum of a pooling window, every channel: rows x columns pixels, with their distances in bytes.
+  void (*window_max)(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y);
+  void (*window_sums)(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, int32_t* sums);
+  /// share * (sum - offset) in real units: the range of averages, and the averages requantized (returns how many clipped).
+  void (*average_range)(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue&, float* lo, float* hi);
+  int64_t (*average)(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue&, uint8_t* y);
 };
 
 /// The scalar table, complete: the normative answer.

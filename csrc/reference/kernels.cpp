@@ -194,11 +194,46 @@ void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, co
   }
 }
 
+void window_max(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y) {
+  std::fill_n(y, channels, uint8_t{0});
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t c = 0; c < channels; ++c) y[c] = std::max(y[c], window[i * row_step + j * column_step + c]);
+}
+
+void window_sums(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, int32_t* sums) {
+  std::fill_n(sums, channels, 0);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t c = 0; c < channels; ++c) sums[c] += window[i * row_step + j * column_step + c];
+}
+
+void average_range(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, float* lo, float* hi) {
+  *lo = kInfinity;
+  *hi = -kInfinity;
+  for (int64_t i = 0; i < count; ++i) {
+    const float y = layer_value(sums[i] - offset, share, 0.0f, 0, s, Activation::clamp, -kInfinity, kInfinity, false);
+    *lo = min_f(y, *lo);
+    *hi = max_f(y, *hi);
+  }
+}
+
+int64_t average(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, uint8_t* y) {
+  int64_t clipped = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Code code = requantize(sums[i] - offset, share, 0.0f, 0, s, Activation::clamp, false);
+    y[i] = code.q;
+    clipped += code.clipped;
+  }
+  return clipped;
+}
+
 }  // namespace
 
 const Kernels kReferenceKernels = {
     "reference",      {layer_quantized, layer_float, layer_accumulate}, {layer_quantized, layer_float, layer_accumulate},
-    layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add};
+    layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add,
+    window_max,       window_sums, average_range, average};
 
 void atomic_widen(float* range, float lo, float hi) {
   float seen;

@@ -147,6 +147,8 @@ class DenseKernel {
       for (int64_t& counter : counters[i]) counter = 0;
   }
 
+  void start_tile(const Tile&) {}
+
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
     driver.accumulate(tile, panel, [&](const TileInput& in, bool) { multiply(in, tile.rows, panel.blocks, piece, driver.partial); });
     for (int i = 0; i < tile.rows; ++i) finish_row(tile.row[i], tile.sample[i], driver.partial + i * panel.blocks * kBlockChannels, panel);

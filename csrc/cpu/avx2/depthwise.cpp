@@ -80,8 +80,7 @@ struct Work {
   alignas(32) int32_t correction[2][8];  ///< -zero point * weight sum
   alignas(32) float multiplier[2][8];
   alignas(32) float bias[2][8];
-  CodeSums sums;
-  int64_t pending = 0, sum = 0, squares = 0, clipped = 0;
+  int64_t sum = 0, squares = 0, clipped = 0;
   float lo = kInfinity, hi = -kInfinity;
 
   Work(const LayerProblem& problem, const Group& group) : p(problem), g(group) {}
@@ -111,12 +110,7 @@ struct Work {
   /// Bits of the dwords of a half that are channels.
   int half_mask(int i) const { return first_lanes8(g.channels - 4 * i < 4 ? g.channels - 4 * i : 4) | first_lanes8(g.channels - 8 - 4 * i < 4 ? g.channels - 8 - 4 * i : 4) << 4; }
 
-  void flush() {
-    sums.flush(sum, squares);
-    pending = 0;
-  }
   void add_stats() {
-    flush();
     int64_t* stats = p.stats + (s - p.samples) * (kStatsSample + (p.channel_stats ? 2 * p.shape.out_channels : 0));
     add_to(stats + kStatsSum, sum);
     add_to(stats + kStatsSquares, squares);
@@ -129,27 +123,43 @@ struct Work {
 // Epilogues: 16 outputs at index `at`
 
 struct Codes {
-  Work& w;
+  const Work* w;
   Rounding rounding;
   int masks[2];
-  explicit Codes(Work& work) : w(work), rounding(work.s->y_zero_point), masks{work.half_mask(0), work.half_mask(1)} {}
+  CodeSums sums;
+  int64_t pending = 0, sum = 0, squares = 0, clipped = 0;
+  explicit Codes(const Work& work) : w(&work), rounding(work.s->y_zero_point), masks{work.half_mask(0), work.half_mask(1)} {}
 
-  void operator()(const __m256i (&acc)[2], int64_t at) {
-    const SampleEpilogue& s = *w.s;
+  __attribute__((always_inline)) void operator()(const __m256i (&acc)[2], int64_t at) {
+    const SampleEpilogue& s = *w->s;
     __m256 t[2];
-    w.values(acc, at, s.residual_multiplier, t);
+    w->values(acc, at, s.residual_multiplier, t);
     __m256i codes[2];
     for (int i = 0; i < 2; ++i) {
-      t[i] = w.p.activation == Activation::clamp ? clamp_ps(t[i], _mm256_set1_ps(s.activation_lo), _mm256_set1_ps(s.activation_hi))
-                                                 : _mm256_mul_ps(activate_ps(w.p.activation, t[i]), _mm256_set1_ps(s.inverse_scale));
-      w.clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
+      t[i] = w->p.activation == Activation::clamp ? clamp_ps(t[i], _mm256_set1_ps(s.activation_lo), _mm256_set1_ps(s.activation_hi))
+                                                  : _mm256_mul_ps(activate_ps(w->p.activation, t[i]), _mm256_set1_ps(s.inverse_scale));
+      clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
       codes[i] = rounding.codes(t[i]);
     }
     const __m256i words = _mm256_packs_epi32(codes[0], codes[1]);
     const __m128i q = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    store_bytes16(w.p.y + at, q, w.g.channels);
-    w.sums.add(keep_bytes(_mm256_zextsi128_si256(q), w.g.channels < 16 ? w.g.channels : 32));
-    if (++w.pending == CodeSums::kFlushAfter) w.flush();
+    store_bytes16(w->p.y + at, q, w->g.channels);
+    sums.add(keep_bytes(_mm256_zextsi128_si256(q), w->g.channels < kChannels ? w->g.channels : kVector));
+  }
+  /// After at most 2 * kStripPairs vectors.
+  void end_strip(int64_t vectors) {
+    pending += vectors;
+    if (pending > CodeSums::kFlushAfter - 2 * kStripPairs) flush();
+  }
+  void flush() {
+    sums.flush(sum, squares);
+    pending = 0;
+  }
+  void finish(Work& work) {
+    flush();
+    work.sum += sum;
+    work.squares += squares;
+    work.clipped += clipped;
   }
 };
 
@@ -176,6 +186,8 @@ struct Floats {
     __m256i bits[2] = {_mm256_castps_si256(y[0]), _mm256_castps_si256(y[1])};
     store_dwords(w.p.y_float, at, w.g.channels, bits);
   }
+  void end_strip(int64_t) {}
+  void finish(Work&) {}
 };
 
 struct Accumulators {
@@ -191,14 +203,16 @@ struct Accumulators {
       const int mask = w.half_mask(i);
       for (int lane = 0; lane < 8; ++lane) {
         const float v = values[i][lane];
-        if (!(mask >> lane & 1) || w.lo != w.lo) continue;
-        w.lo = v != v || v < w.lo ? v : w.lo;
+        if (!(mask >> lane & 1)) continue;
+        if (w.lo == w.lo) w.lo = v != v || v < w.lo ? v : w.lo;  // a NaN stays
         w.hi = v > w.hi ? v : w.hi;
       }
     }
     __m256i sums[2] = {acc[0], acc[1]};
     store_dwords(w.p.accumulators, at, w.g.channels, sums);
   }
+  void end_strip(int64_t) {}
+  void finish(Work&) {}
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -294,6 +308,7 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t pairs, co
     constexpr int kTile = 4 / R;
     while (ox + kTile <= end) tile(Size<kTile>{});
     while (ox < end) tile(Size<1>{});
+    epilogue.end_strip(R * (end - begin));
   }
 }
 
@@ -322,6 +337,7 @@ void run_rectangle(Work& w, const Rectangle& rectangle) {
       y += 1;
     }
   }
+  epilogue.finish(w);
 }
 
 /// What the kernels here do not cover: a multiplier, and kernels beyond the strip.

@@ -1,4 +1,4 @@
-// Elementwise ops without weights, AVX2: as avx512vnni/elementwise.cpp with 32 codes per step. A table of 256 bytes is 16
+// Ops without weights: elementwise ones and pooling, AVX2: as avx512vnni/elementwise.cpp with 32 codes per step. A table of 256 bytes is 16
 // registers' worth: it is read by the scalar unit, which keeps up with a byte per cycle.
 #include "epilogue.h"
 
@@ -27,6 +27,18 @@ inline int part_mask(int64_t n, int p) {
 inline __m256 lanes_of(int mask) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit));
+}
+
+inline void reduce_range(__m256 low, __m256 high, float* lo, float* hi) {
+  alignas(32) float lows[8], highs[8];
+  _mm256_store_ps(lows, low);
+  _mm256_store_ps(highs, high);
+  *lo = kInfinity;
+  *hi = -kInfinity;
+  for (int i = 0; i < 8; ++i) {
+    *lo = lows[i] < *lo ? lows[i] : *lo;
+    *hi = highs[i] > *hi ? highs[i] : *hi;
+  }
 }
 
 /// factor_a (a - z_a) + offset, plus factor_b (b - z_b), then the bounds: the arithmetic of requantize and layer_value.
@@ -61,15 +73,7 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
       high = _mm256_max_ps(_mm256_blendv_ps(high, value, exists), high);
     }
   }
-  alignas(32) float lows[8], highs[8];
-  _mm256_store_ps(lows, low);
-  _mm256_store_ps(highs, high);
-  *lo = kInfinity;
-  *hi = -kInfinity;
-  for (int i = 0; i < 8; ++i) {
-    *lo = lows[i] < *lo ? lows[i] : *lo;
-    *hi = highs[i] > *hi ? highs[i] : *hi;
-  }
+  reduce_range(low, high, lo, hi);
 }
 
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
@@ -143,12 +147,67 @@ void lookup(const uint8_t* q, int64_t rows, int64_t channels, int64_t q_stride, 
   if (channel_sums) add_channel_moments(y, rows, channels, y_stride, channel_sums, channel_squares);
 }
 
+/// Pooling: 8 or 32 channels at a time, the window's pixels in turn.
+void window_max(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y) {
+  for (int64_t c = 0; c < channels; c += kVector) {
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) most = _mm256_max_epu8(most, load_bytes32(window + i * row_step + j * column_step + c, channels - c));
+    store_bytes32(y + c, most, channels - c);
+  }
+}
+
+void window_sums(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, int32_t* sums) {
+  for (int64_t c = 0; c < channels; c += 8) {
+    const int64_t present = channels - c < 8 ? channels - c : 8;
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        sum = _mm256_add_epi32(sum, _mm256_cvtepu8_epi32(load_bytes16(window + i * row_step + j * column_step + c, present)));
+    store_bytes32(sums + c, sum, 4 * present);
+  }
+}
+
+void average_range(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, float* lo, float* hi) {
+  const __m256 factor = _mm256_set1_ps(s.x_scale * share), infinity = _mm256_set1_ps(kInfinity);
+  __m256 low = infinity, high = negate_ps(infinity);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256i sum = _mm256_sub_epi32(load_bytes32(sums + i, 4 * (count - i)), _mm256_set1_epi32(offset));
+    const __m256 y = clamp_ps(_mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, _mm256_setzero_ps()), negate_ps(infinity), infinity);
+    const __m256 exists = lanes_of(first_lanes8(count - i));
+    low = _mm256_min_ps(_mm256_blendv_ps(low, y, exists), low);
+    high = _mm256_max_ps(_mm256_blendv_ps(high, y, exists), high);
+  }
+  reduce_range(low, high, lo, hi);
+}
+
+int64_t average(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, uint8_t* y) {
+  const __m256 factor = _mm256_set1_ps(s.multiplier * share), bias = _mm256_set1_ps(s.inverse_scale * 0.0f);
+  const Rounding rounding(s.y_zero_point);
+  int64_t clipped = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    const int64_t n = count - i < 8 ? count - i : 8;
+    const __m256i sum = _mm256_sub_epi32(load_bytes32(sums + i, 4 * n), _mm256_set1_epi32(offset));
+    __m256 t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, bias);
+    t = clamp_ps(t, _mm256_set1_ps(s.activation_lo), _mm256_set1_ps(s.activation_hi));
+    if (s.valid) clipped += count_bits(rounding.clipped(t) & first_lanes8(n));
+    const __m256i q = s.valid ? rounding.codes(t) : _mm256_setzero_si256();
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    store_bytes16(y + i, _mm_packus_epi16(words, words), n);
+  }
+  return clipped;
+}
+
 }  // namespace
 
 void install_elementwise_avx2(Kernels& table) {
   table.lookup = lookup;
   table.add_range = add_range;
   table.add = add;
+  table.window_max = window_max;
+  table.window_sums = window_sums;
+  table.average_range = average_range;
+  table.average = average;
 }
 
 }  // namespace probquant

@@ -4,10 +4,18 @@
 namespace probquant {
 
 void install_dense_avx2(Kernels& table);
+void install_depthwise_avx2(Kernels& table);
+void install_elementwise_avx2(Kernels& table);
+void install_patch_sums_avx2(Kernels& table);
+void install_quantize_avx2(Kernels& table);
 
 void install_avx2(Kernels& table) {
   table.name = "avx2";
   install_dense_avx2(table);
+  install_depthwise_avx2(table);
+  install_elementwise_avx2(table);
+  install_patch_sums_avx2(table);
+  install_quantize_avx2(table);
 }
 
 }  // namespace probquant

@@ -1,11 +1,14 @@
 // Linear layers and convolutions, AVX-512 VNNI.
 //
-// Register tile: 12 rows x 2 blocks of 16 channels, or 8 rows x 3 blocks where an odd number of blocks ends: 24 accumulators,
-// 2 or 3 weights and a broadcast activation of 32 registers. A step (4 inputs) is 24 vpdpbusd on 14 (11) loads.
-// L1: a panel's weights stream through (128 or 192 bytes per step, once per 12 or 8 rows) past the tile's rows of x.
-// dense_driver.h has the order of the loops and the budget of L2.
+// Register tile: 6 rows x 4 blocks of 16 channels, 8 x 3 and 12 x 2 for what is narrower: 24 accumulators, 4 (3, 2)
+// weights and a broadcast activation of 32 registers. A step (4 inputs) is 24 vpdpbusd on 10 (11, 14) loads: 12 clocks
+// where two of each run at once. Accumulators start at the zero point's correction, and vpdpbusd takes unsigned
+// activations and signed weights as they are, so nothing else is in the loop.
+// L1: a panel's weights stream through, 256 (192, 128) bytes per step, past the tile's rows of x; when they exceed L1, they
+// come from L2 at 21 (24, 11) bytes per clock. dense_driver.h has the order of the loops and the budget of L2.
 //
-// vpdpbusd takes unsigned activations and signed weights as they are; accumulators start at the zero point's correction.
+// The epilogue costs about 4 clocks per 16 outputs, moments and clip counts included: it is bound by the two units that
+// compare, multiply and convert. Values that the activation cannot clip are not compared.
 #include "../dense_driver.h"
 #include "epilogue.h"
 
@@ -25,7 +28,7 @@ template <int ahead, int kRows, int kBlocks>
 __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], const uint8_t* (&x)[kRows], const uint8_t* (&x_memory)[kRows], int64_t at,
                                                 const uint8_t* weights, int64_t block_bytes) {
   __m512i w[kBlocks];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(weights + j * block_bytes);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
@@ -38,7 +41,7 @@ __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], 
       const uint8_t* row;
       asm("mov %2, %1\n\tvpbroadcastd %c4(%1, %3), %0" : "=v"(v), "=&r"(row) : "m"(x_memory[i]), "r"(at), "i"(ahead));
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(acc[i][j]) : "v"(v), "v"(w[j]));
   }
 }
@@ -46,18 +49,18 @@ __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], 
 template <int kRows, int kBlocks>
 __attribute__((always_inline)) inline void start(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
   __m512i sums[kBlocks];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int j = 0; j < kBlocks; ++j)
     sums[j] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(in.weight_sums + j * in.sums_step));
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j)
       acc[i][j] = i > 0 && in.one_zero_point ? acc[0][j] : _mm512_mullo_epi32(sums[j], _mm512_set1_epi32(in.zero_points[i]));
   if (!in.partial) return;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(in.partial + (i * kBlocks + j) * kBlockChannels);
 }
 
@@ -96,7 +99,7 @@ __attribute__((noinline)) void tile_accumulators(const TileInput& in, int32_t* o
   multiply(in, acc);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(out + (i * kBlocks + j) * kBlockChannels, acc[i][j]);
 }
 
@@ -144,8 +147,9 @@ struct Moments {
   __m512i inside = _mm512_setzero_si512();  ///< values that were not clipped, per lane
   int64_t values = 0;                       ///< values written
 };
-/// Values after which moments are flushed; they could all lie in one lane of the sums, and 65,536 * 255 * 127 < 2^31.
-constexpr int64_t kFlushAfter = 60000;
+/// Values after which moments are flushed, between tiles. A tile of one row uses a quarter of the lanes of the sums, one of a
+/// few channels less still, and a lane holds 66,000 times 255 * 127 in any case.
+constexpr int64_t kFlushAfter = 50000;
 
 struct TileOutput {
   const uint8_t* block;     ///< headers of the panel
@@ -187,7 +191,7 @@ struct Requantizer {
     last_bytes = 0;
 #pragma GCC unroll 4
     for (int lane = 0; lane < 4; ++lane) last_bytes |= static_cast<uint64_t>((last_lanes >> (4 * lane) & 15) * 0x1111) << (16 * lane);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) {
       const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * block_bytes);
       scale[j] = _mm512_loadu_ps(header->scale);
@@ -208,7 +212,7 @@ struct Requantizer {
     constexpr uint64_t existing = count == 4 ? ~uint64_t{0} : 0x0001000100010001u * ((1u << (4 * count)) - 1);
     __m512i q[kBlocks];
     int64_t counted[4] = {0, 0, 0, 0};
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) {
       const bool is_last = j == kBlocks - 1;
       __m512i code[4];
@@ -271,14 +275,15 @@ struct Requantizer {
     uint8_t* y[count];
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) y[i] = out.y + out.row[first + i] * out.stride;
-    if (kBlocks >= 2) {
-      const __mmask32 lanes = kBlocks == 2 ? 0xffff | (static_cast<uint32_t>(last_lanes) << 16) : 0xffffffff;
+#pragma GCC unroll 2
+    for (int j = 0; j + 1 < kBlocks; j += 2) {
+      const __mmask32 lanes = j + 2 == kBlocks ? 0xffff | (static_cast<uint32_t>(last_lanes) << 16) : 0xffffffff;
 #pragma GCC unroll 2
       for (int i = 0; i < count; i += 2) {
         const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(i));
-        const __m512i two = _mm512_permutex2var_epi32(q[0], order, q[kBlocks >= 2 ? 1 : 0]);
-        _mm256_mask_storeu_epi8(y[i], lanes, _mm512_castsi512_si256(two));
-        if (i + 1 < count) _mm256_mask_storeu_epi8(y[i + 1], lanes, _mm512_extracti64x4_epi64(two, 1));
+        const __m512i two = _mm512_permutex2var_epi32(q[j], order, q[j + 1]);
+        _mm256_mask_storeu_epi8(y[i] + j * kBlockChannels, lanes, _mm512_castsi512_si256(two));
+        if (i + 1 < count) _mm256_mask_storeu_epi8(y[i + 1] + j * kBlockChannels, lanes, _mm512_extracti64x4_epi64(two, 1));
       }
     }
     if (kBlocks % 2 == 1) {
@@ -341,16 +346,16 @@ __attribute__((noinline)) void tile_codes_of_samples(const TileInput& in, const 
 using AccumulatorsTile = void (*)(const TileInput&, int32_t*);
 using CodesTile = void (*)(const TileInput&, const TileOutput&);
 
-#define PROBQUANT_TILES_8(tile, blocks) \
-  tile<1, blocks>, tile<2, blocks>, tile<3, blocks>, tile<4, blocks>, tile<5, blocks>, tile<6, blocks>, tile<7, blocks>, tile<8, blocks>
+#define PROBQUANT_TILES_6(tile, blocks) tile<1, blocks>, tile<2, blocks>, tile<3, blocks>, tile<4, blocks>, tile<5, blocks>, tile<6, blocks>
+#define PROBQUANT_TILES_8(tile, blocks) PROBQUANT_TILES_6(tile, blocks), tile<7, blocks>, tile<8, blocks>
 #define PROBQUANT_TILES_12(tile, blocks) PROBQUANT_TILES_8(tile, blocks), tile<9, blocks>, tile<10, blocks>, tile<11, blocks>, tile<12, blocks>
 /// [blocks - 1][rows - 1]
 constexpr AccumulatorsTile kAccumulatorsTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)}, {PROBQUANT_TILES_8(tile_accumulators, 3)}};
+    {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)}, {PROBQUANT_TILES_8(tile_accumulators, 3)}, {PROBQUANT_TILES_6(tile_accumulators, 4)}};
 constexpr CodesTile kCodesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)}, {PROBQUANT_TILES_8(tile_codes, 3)}};
+    {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)}, {PROBQUANT_TILES_8(tile_codes, 3)}, {PROBQUANT_TILES_6(tile_codes, 4)}};
 constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)}, {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}};
+    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)}, {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}, {PROBQUANT_TILES_6(tile_codes_of_samples, 4)}};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue from memory: what is left, and layer_requantize
@@ -386,8 +391,8 @@ inline __m512 layer_codes(__m512i acc, const BlockHeader& header, const SampleEp
 class DenseKernel {
  public:
   static constexpr int64_t kWeightsInCache = 256 << 10;
-  static int64_t max_rows(int64_t blocks) { return blocks % 2 == 1 && blocks > 1 ? 8 : 12; }
-  static int panel_blocks(int64_t left) { return left == 1 ? 1 : left == 3 ? 3 : 2; }
+  static int64_t max_rows(int64_t blocks) { return blocks >= 4 ? 6 : blocks == 3 ? 8 : 12; }
+  static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
 
   DenseKernel(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
 
@@ -402,9 +407,8 @@ class DenseKernel {
     }
   }
 
-  void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
-    TileOutput out{panel.block, panel.channels, tile.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
-    bool at_once = output == Output::codes;
+  void start_tile(const Tile& tile) {
+    at_once = output == Output::codes;
     for (int i = 0; at_once && i < (tile.one_sample ? 1 : tile.rows); ++i) {
       const int64_t at = tile.sample[i] - chunk_sample;
       samples[i] = &constants[at];
@@ -412,10 +416,14 @@ class DenseKernel {
       at_once = samples[i]->plain;
     }
     if (output == Output::codes && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
-    const auto* const tiles = tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles;
+  }
+
+  void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
     driver.accumulate(tile, panel, [&](const TileInput& in, bool last) {
-      if (last && at_once) tiles[panel.blocks - 1][tile.rows - 1](in, out);
-      else kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
+      if (!last || !at_once) return kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
+      const TileOutput out{panel.block, panel.channels, tile.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
+                           samples, &current, row_counters};
+      (tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles)[panel.blocks - 1][tile.rows - 1](in, out);
     });
     if (!at_once) finish(tile.row, tile.sample, tile.rows, driver.partial, panel.blocks * kBlockChannels, panel);
     if (p.channel_stats && output == Output::codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
@@ -558,6 +566,7 @@ class DenseKernel {
 
   int64_t current_sample = -1;  ///< whose moments are in `current`
   Moments current;
+  bool at_once = false;                       ///< the tile's own epilogue serves
   const SampleConstants* samples[kTileRows];  ///< of the tile's rows
   int64_t* row_counters[kTileRows];
 

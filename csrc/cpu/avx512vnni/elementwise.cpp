@@ -1,4 +1,4 @@
-// Elementwise ops without weights, AVX-512: 64 codes per step. A step of add needs about 60 instructions and of lookup
+// Ops without weights: elementwise ones and pooling, AVX-512: 64 codes per step. A step of add needs about 60 instructions and of lookup
 // about 30, less than its bytes take to come from L3.
 #include "epilogue.h"
 
@@ -154,12 +154,68 @@ void lookup(const uint8_t* q, int64_t rows, int64_t channels, int64_t q_stride, 
   if (channel_sums) add_channel_moments(y, rows, channels, y_stride, channel_sums, channel_squares);
 }
 
+/// Pooling: 16 or 64 channels at a time, the window's pixels in turn.
+void window_max(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y) {
+  for (int64_t c = 0; c < channels; c += kVector) {
+    const __mmask64 mask = first_lanes64(channels - c);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        most = _mm512_max_epu8(most, _mm512_maskz_loadu_epi8(mask, window + i * row_step + j * column_step + c));
+    _mm512_mask_storeu_epi8(y + c, mask, most);
+  }
+}
+
+void window_sums(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, int32_t* sums) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    const __mmask16 mask = first_lanes16(channels - c);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, window + i * row_step + j * column_step + c)));
+    _mm512_mask_storeu_epi32(sums + c, mask, sum);
+  }
+}
+
+void average_range(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, float* lo, float* hi) {
+  const __m512 factor = _mm512_set1_ps(s.x_scale * share), infinity = _mm512_set1_ps(kInfinity);
+  __m512 low = infinity, high = negate_ps(infinity);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_lanes16(count - i);
+    const __m512i sum = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, sums + i), _mm512_set1_epi32(offset));
+    const __m512 y = clamp_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, _mm512_setzero_ps()), negate_ps(infinity), infinity);
+    low = _mm512_mask_min_ps(low, mask, y, low);
+    high = _mm512_mask_max_ps(high, mask, y, high);
+  }
+  *lo = _mm512_reduce_min_ps(low);
+  *hi = _mm512_reduce_max_ps(high);
+}
+
+int64_t average(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, uint8_t* y) {
+  const __m512 factor = _mm512_set1_ps(s.multiplier * share), bias = _mm512_set1_ps(s.inverse_scale * 0.0f);
+  const Rounding rounding(s.y_zero_point);
+  int64_t clipped = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_lanes16(count - i);
+    const __m512i sum = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, sums + i), _mm512_set1_epi32(offset));
+    __m512 t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, bias);
+    t = clamp_ps(t, _mm512_set1_ps(s.activation_lo), _mm512_set1_ps(s.activation_hi));
+    if (s.valid) clipped += __builtin_popcount(rounding.clipped(t) & mask);
+    _mm512_mask_cvtepi32_storeu_epi8(y + i, mask, s.valid ? rounding.codes(t) : _mm512_setzero_si512());
+  }
+  return clipped;
+}
+
 }  // namespace
 
 void install_elementwise_avx512vnni(Kernels& table) {
   table.lookup = lookup;
   table.add_range = add_range;
   table.add = add;
+  table.window_max = window_max;
+  table.window_sums = window_sums;
+  table.average_range = average_range;
+  table.average = average;
 }
 
 }  // namespace probquant
