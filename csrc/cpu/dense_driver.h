@@ -102,7 +102,6 @@ class DenseDriver {
     for (group = first_block / layout.group_blocks; group <= last_block / layout.group_blocks; ++group) {
       const int64_t base = group * layout.group_blocks;
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
-      // an odd number of blocks ends in a panel of 3, whose tiles are lower
       const int64_t max_rows = Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));

@@ -1,5 +1,5 @@
 // Fuzzes the kernels of every instruction set that this machine has against the reference table: depthwise layers, patch
-// sums, quantize, dequantize, moments, mark_codes, lookup, add. Every buffer ends at an unmapped page, outputs are
+// sums, quantize, dequantize, moments, mark_codes, lookup, add, pooling windows. Every buffer ends at an unmapped page, outputs are
 // compared byte by byte, written ranges included.
 //
 //   fuzz_elementwise [seed] [cases, or seconds with a trailing s] [isa]
@@ -437,8 +437,39 @@ void fuzz_add(Random& random, const Kernels& table, Case& c) {
   c.compare("range", range_expected, range);
 }
 
+void fuzz_pool(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.range(0, 8), columns = random.range(0, 8);
+  const int64_t column_step = channels * random.range(1, 3), row_step = column_step * (columns + random.range(0, 3));
+  Guarded<uint8_t> x(rows * columns == 0 ? 1 : (rows - 1) * row_step + (columns - 1) * column_step + channels), y(channels), y_expected(channels);
+  fill_codes(random, x);
+  Guarded<int32_t> sums(channels), sums_expected(channels);
+  const float share = 1.0f / static_cast<float>(std::max<int64_t>(1, rows * columns) + random.range(0, 3));
+  SampleEpilogue e = some_epilogue(random, false, -kInf, kInf, some_scale(random));
+  const auto offset = static_cast<int32_t>(rows * columns) * e.x_zero_point;
+  c.text = "pool";
+  c.add("channels", channels), c.add("rows", rows), c.add("columns", columns), c.add("row_step", row_step), c.add("column_step", column_step);
+  c.add("share", share), c.add("x_scale", e.x_scale), c.add("y_zero_point", e.y_zero_point);
+  kReferenceKernels.window_max(x.data(), rows, columns, row_step, column_step, channels, y_expected.data());
+  table.window_max(x.data(), rows, columns, row_step, column_step, channels, y.data());
+  c.compare("maximum", y_expected, y);
+  kReferenceKernels.window_sums(x.data(), rows, columns, row_step, column_step, channels, sums_expected.data());
+  table.window_sums(x.data(), rows, columns, row_step, column_step, channels, sums.data());
+  c.compare("sums", sums_expected, sums);
+  Guarded<float> range(2), range_expected(2);
+  kReferenceKernels.average_range(sums.data(), channels, offset, share, e, &range_expected[0], &range_expected[1]);
+  table.average_range(sums.data(), channels, offset, share, e, &range[0], &range[1]);
+  unify_range(range);
+  unify_range(range_expected);
+  c.compare("range", range_expected, range);
+  Guarded<int64_t> clipped(1), clipped_expected(1);
+  clipped_expected[0] = kReferenceKernels.average(sums.data(), channels, offset, share, e, y_expected.data());
+  clipped[0] = table.average(sums.data(), channels, offset, share, e, y.data());
+  c.compare("average", y_expected, y);
+  c.compare("clipped", clipped_expected, clipped);
+}
+
 using Fuzz = void (*)(Random&, const Kernels&, Case&);
-constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add};
+constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add, fuzz_pool};
 constexpr int64_t kFuzzerCount = sizeof kFuzzers / sizeof kFuzzers[0];
 
 int run(uint64_t seed, int64_t cases, double seconds, const std::string& only) {

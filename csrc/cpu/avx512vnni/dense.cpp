@@ -351,18 +351,23 @@ using CodesTile = void (*)(const TileInput&, const TileOutput&);
 #define PROBQUANT_TILES_12(tile, blocks) PROBQUANT_TILES_8(tile, blocks), tile<9, blocks>, tile<10, blocks>, tile<11, blocks>, tile<12, blocks>
 /// [blocks - 1][rows - 1]
 constexpr AccumulatorsTile kAccumulatorsTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)}, {PROBQUANT_TILES_8(tile_accumulators, 3)}, {PROBQUANT_TILES_6(tile_accumulators, 4)}};
+    {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)},
+    {PROBQUANT_TILES_8(tile_accumulators, 3)}, {PROBQUANT_TILES_6(tile_accumulators, 4)}};
 constexpr CodesTile kCodesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)}, {PROBQUANT_TILES_8(tile_codes, 3)}, {PROBQUANT_TILES_6(tile_codes, 4)}};
+    {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)},
+    {PROBQUANT_TILES_8(tile_codes, 3)}, {PROBQUANT_TILES_6(tile_codes, 4)}};
 constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)}, {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}, {PROBQUANT_TILES_6(tile_codes_of_samples, 4)}};
+    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)},
+    {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}, {PROBQUANT_TILES_6(tile_codes_of_samples, 4)}};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue from memory: what is left, and layer_requantize
 
 /// layer_value() of 16 channels.
-inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual, __mmask16 lanes) {
-  __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale)), _mm512_loadu_ps(header.bias));
+inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
+                           __mmask16 lanes) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale));
+  __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, _mm512_loadu_ps(header.bias));
   if (residual) {
     const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual)), _mm512_set1_epi32(e.residual_zero_point));
     y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(e.residual_scale), y);
@@ -372,7 +377,8 @@ inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleE
 }
 
 /// What requantize() hands to round_to_code(), for 16 channels of a valid sample.
-inline __m512 layer_codes(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual, __mmask16 lanes) {
+inline __m512 layer_codes(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
+                          __mmask16 lanes) {
   const __m512 value = _mm512_cvtepi32_ps(acc), scale = _mm512_loadu_ps(header.scale), bias = _mm512_loadu_ps(header.bias);
   const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale);
   if (p.activation != Activation::clamp) {

@@ -217,27 +217,35 @@ struct FastCodes {
     __m512i q;        ///< 16 bits, not yet saturated to 8
     __m512i outside;  ///< 16 bits, negative where clipped
   };
+  struct Values {
+    __m512 t[2];
+  };
   template <int kHalf>
-  __attribute__((always_inline)) Codes codes(const __m512i (&acc)[2]) const {
+  __attribute__((always_inline)) Values values(const __m512i (&acc)[2]) const {
+    Values v;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j)
+      v.t[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j]), _mm512_load_ps(w->multiplier[2 * kHalf + j]), _mm512_load_ps(w->bias[2 * kHalf + j]));
+    return v;
+  }
+  __attribute__((always_inline)) Codes codes(const Values& v) const {
     __m512i q[2], outside[2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      const __m512 t =
-          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j]), _mm512_load_ps(w->multiplier[2 * kHalf + j]), _mm512_load_ps(w->bias[2 * kHalf + j]));
-      outside[j] = _mm512_castps_si512(_mm512_sub_ps(upper, t));
-      if (kClipsLow) outside[j] = _mm512_or_si512(outside[j], _mm512_castps_si512(_mm512_sub_ps(t, lower)));
-      q[j] = _mm512_cvtps_epi32(t);
+      outside[j] = _mm512_castps_si512(_mm512_sub_ps(upper, v.t[j]));
+      if (kClipsLow) outside[j] = _mm512_or_si512(outside[j], _mm512_castps_si512(_mm512_sub_ps(v.t[j], lower)));
+      q[j] = _mm512_cvtps_epi32(v.t[j]);
     }
     return {_mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point), _mm512_packs_epi32(outside[0], outside[1])};
   }
 
-  __attribute__((always_inline)) void first(const __m512i (&acc)[2], const Place&, __m512i* kept) const {
-    const Codes c = codes<0>(acc);
+  __attribute__((always_inline)) void first(const Values& v, const Place&, __m512i* kept) const {
+    const Codes c = codes(v);
     _mm512_store_si512(kept, c.q);
     _mm512_store_si512(kept + 1, c.outside);
   }
-  __attribute__((always_inline)) void second(const __m512i (&acc)[2], const Place& place, const __m512i* kept) {
-    const Codes c = codes<1>(acc);
+  __attribute__((always_inline)) void second(const Values& v, const Place& place, const __m512i* kept) {
+    const Codes c = codes(v);
     __m512i q = _mm512_packus_epi16(_mm512_load_si512(kept), c.q);
     q = _mm512_min_epu8(_mm512_max_epu8(q, lowest), highest);
     __m512i outside = _mm512_packs_epi16(_mm512_load_si512(kept + 1), c.outside);
@@ -279,12 +287,19 @@ struct OneByOne {
   Work* w;
   explicit OneByOne(Work& work) : w(&work) {}
 
-  void first(const __m512i (&acc)[2], const Place&, __m512i* kept) {
-    _mm512_store_si512(kept, acc[0]);
-    _mm512_store_si512(kept + 1, acc[1]);
+  struct Values {
+    __m512i acc[2];
+  };
+  template <int>
+  Values values(const __m512i (&acc)[2]) const {
+    return {{acc[0], acc[1]}};
   }
-  void second(const __m512i (&acc)[2], const Place& place, const __m512i* kept) {
-    static_cast<Derived*>(this)->one(VectorOfParts{{kept[0], kept[1], acc[0], acc[1]}}, place);
+  void first(const Values& v, const Place&, __m512i* kept) {
+    _mm512_store_si512(kept, v.acc[0]);
+    _mm512_store_si512(kept + 1, v.acc[1]);
+  }
+  void second(const Values& v, const Place& place, const __m512i* kept) {
+    static_cast<Derived*>(this)->one(VectorOfParts{{kept[0], kept[1], v.acc[0], v.acc[1]}}, place);
   }
   void end_strip(int64_t) {}
   void finish() {}
@@ -517,25 +532,47 @@ __attribute__((always_inline)) inline void run_half(const Work& w, const uint8_t
   Place place[R];
   for (int r = 0; r < R; ++r) place[r] = first[r];
   const int64_t channels = w.p.shape.in_channels;
-  const auto tile = [&](auto size) __attribute__((always_inline)) {
+  // A tile's dot products stand between the two halves of the epilogue of the tile before, which fills the pipes better
+  // than program order would: the scheduler's window is shorter than a tile's latency.
+  const auto tiles = [&](auto size) __attribute__((always_inline)) {
     constexpr int T = decltype(size)::value;
+    if (columns < T) return;
     __m512i acc[R][T][2];
-    accumulate<kHalf, kThreeTaps>(w, weights, column, tap_step, column_step, acc);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t)
+    typename Epilogue::Values values[R][T];
+    const auto dot_products = [&]() __attribute__((always_inline)) {
+      accumulate<kHalf, kThreeTaps>(w, weights, column, tap_step, column_step, acc);
+      column += T * column_step;
+      columns -= T;
+    };
+    const auto scale = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        if (kHalf == 0) epilogue.first(acc[r][t], place[r], kept);
-        else epilogue.second(acc[r][t], place[r], kept);
-        kept += Epilogue::kKept;
-        place[r].at += channels;
-      }
-    column += T * column_step;
-    columns -= T;
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) values[r][t] = epilogue.template values<kHalf>(acc[r][t]);
+    };
+    const auto finish = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          if (kHalf == 0) epilogue.first(values[r][t], place[r], kept);
+          else epilogue.second(values[r][t], place[r], kept);
+          kept += Epilogue::kKept;
+          place[r].at += channels;
+        }
+    };
+    dot_products();
+    while (columns >= T) {
+      scale();
+      dot_products();
+      finish();
+    }
+    scale();
+    finish();
   };
   constexpr int kTile = (kThreeTaps ? 2 : 4) / R;
-  while (columns >= kTile) tile(Size<kTile>{});
-  while (kTile > 1 && columns > 0) tile(Size<1>{});
+  tiles(Size<kTile>{});
+  if (kTile > 1) tiles(Size<1>{});
 }
 
 /// Outputs of `rows` image rows from y (at most R per slot), columns [x_begin, x_end) of a rectangle's sample.
