@@ -127,7 +127,10 @@ def cases():
         large = {"packed_weight": weight(8, 9, 9, 4)} if op == "conv2d" else {}
         yield op, {"kernel_size": [9], **large}, ["kernel|window", r"\(9, 9\)", "larger than the padded input"]
         if op != "conv2d":
-            yield op, {"kernel_size": [2**40]}, ["larger than the padded input"]
+            yield op, {"kernel_size": [2**40]}, [r"kernel_size \[1099511627776\]", "at most 2147483647"]
+            yield op, {"padding": [2**62]}, [r"padding \[4611686018427387904\]", "at most 2147483647"]
+            if op != "avg_pool2d":
+                yield op, {"dilation": [2**63 - 1]}, ["dilation", "at most 2147483647"]
     for op in ("max_pool2d", "avg_pool2d"):
         yield op, {"padding": [3]}, [r"padding \(3, 3, 3, 3\)", r"must be smaller than the window \(3, 3\)"]
     for op in ("conv2d", "surrogate_law"):

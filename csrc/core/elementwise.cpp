@@ -45,7 +45,7 @@ void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int6
   check_sizes("add", samples, count, channels);
   check_range("add", range, 3);
   require(activation_min <= activation_max, "add: activation_min is above activation_max");
-  require(range.strategy != Strategy::gaussian || (a.stats && b.stats), "add: the gaussian strategy needs the stats of both inputs");
+  require(samples == 0 || range.strategy != Strategy::gaussian || (a.stats && b.stats), "add: the gaussian strategy needs the stats of both inputs");
   if (samples == 0) return;
   const int64_t rows = count / channels;
   std::vector<SampleEpilogue> epilogues(static_cast<size_t>(samples));

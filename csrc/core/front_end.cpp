@@ -7,6 +7,22 @@ namespace probquant {
 Error::Error(const std::string& message) : std::runtime_error("probquant: " + message) {}
 Error::~Error() = default;
 
+void check_window(const char* op, const Conv2dShape& s) {
+  const auto inside = [](int64_t value, int64_t least) { return value >= least && value <= kMaxExtent; };
+  require(s.batch >= 0, op, ": batch ", s.batch, ", want >= 0");
+  require(inside(s.in_height, 1) && inside(s.in_width, 1) && inside(s.in_channels, 1), op, ": input [", s.in_height, ", ", s.in_width, ", ",
+          s.in_channels, "] (H, W, C), want positive sizes");
+  require(inside(s.kernel_height, 1) && inside(s.kernel_width, 1), op, ": kernel (", s.kernel_height, ", ", s.kernel_width, "), want positive");
+  require(inside(s.stride_height, 1) && inside(s.stride_width, 1), op, ": stride (", s.stride_height, ", ", s.stride_width, "), want positive");
+  require(inside(s.dilation_height, 1) && inside(s.dilation_width, 1), op, ": dilation (", s.dilation_height, ", ", s.dilation_width,
+          "), want positive");
+  require(inside(s.padding_top, 0) && inside(s.padding_bottom, 0) && inside(s.padding_left, 0) && inside(s.padding_right, 0), op, ": padding (",
+          s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right, "), want >= 0");
+  require(s.out_height() > 0 && s.out_width() > 0, op, ": kernel (", s.kernel_height, ", ", s.kernel_width,
+          ") with dilation is larger than the padded input (", s.in_height + s.padding_top + s.padding_bottom, ", ",
+          s.in_width + s.padding_left + s.padding_right, ")");
+}
+
 void clear_stats(const QuantizedOutput& y, int64_t samples, int64_t channels) {
   std::fill_n(y.stats, samples * stats_columns(channels, y.channel_stats), int64_t{0});
 }

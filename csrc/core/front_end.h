@@ -46,6 +46,9 @@ void parallel_over_samples(const Executor& executor, int64_t samples, int64_t ex
   });
 }
 
+/// Checks a window op's sizes: positive (padding: not negative), at most kMaxExtent, and at least one output.
+void check_window(const char* op, const Conv2dShape& shape);
+
 /// Clears the stats of an output before kernels add to them.
 void clear_stats(const QuantizedOutput& y, int64_t samples, int64_t channels);
 inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t channels) {

@@ -11,17 +11,8 @@ namespace {
 bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
 
 void check_shape(const Conv2dShape& s) {
-  require(s.batch >= 0, "conv2d: batch ", s.batch, ", want >= 0");
-  require(s.in_height > 0 && s.in_width > 0 && s.in_channels > 0, "conv2d: input [", s.in_height, ", ", s.in_width, ", ", s.in_channels,
-          "] (H, W, C), want positive sizes");
-  require(s.stride_height > 0 && s.stride_width > 0, "conv2d: stride (", s.stride_height, ", ", s.stride_width, "), want positive");
-  require(s.dilation_height > 0 && s.dilation_width > 0, "conv2d: dilation (", s.dilation_height, ", ", s.dilation_width, "), want positive");
-  require(s.padding_top >= 0 && s.padding_bottom >= 0 && s.padding_left >= 0 && s.padding_right >= 0, "conv2d: padding (", s.padding_top, ", ",
-          s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right, "), want >= 0");
   require(s.groups > 0 && s.in_channels % s.groups == 0, "conv2d: groups ", s.groups, " does not divide in_channels ", s.in_channels);
-  require(s.out_height() > 0 && s.out_width() > 0, "conv2d: kernel (", s.kernel_height, ", ", s.kernel_width,
-          ") with dilation is larger than the padded input (", s.in_height + s.padding_top + s.padding_bottom, ", ",
-          s.in_width + s.padding_left + s.padding_right, ")");
+  check_window("conv2d", s);
 }
 
 int64_t field_weights(const Conv2dShape& s) { return s.kernel_height * s.kernel_width * (s.in_channels / s.groups); }
@@ -36,8 +27,8 @@ void check_arguments(const Conv2dShape& s, const LayerArguments& a) {
   check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
   if (!is_gaussian(a.strategy)) return;
   require(a.gamma >= 0, "conv2d: gamma ", a.gamma, ", want >= 0");
-  require(a.x.stats != nullptr, "conv2d: the gaussian strategies need x.stats");
-  require(a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: the gaussian strategies need residual.stats");
+  require(s.batch == 0 || a.x.stats != nullptr, "conv2d: the gaussian strategies need x.stats");
+  require(s.batch == 0 || a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: the gaussian strategies need residual.stats");
   const double largest = 255.0 * static_cast<double>(field_weights(s));
   require(largest * largest * static_cast<double>(s.out_height() * s.out_width() * s.groups) < 9.2e18,
           "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
@@ -215,7 +206,13 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
 
   const int64_t rows = shape.batch * p.rows_per_sample;
   const LayerKernels& run = p.layout.depthwise ? kernels().depthwise : kernels().dense;
-  if (a.strategy == Strategy::none) return run_rows(p, run.to_float, 0, rows, executor);
+  if (a.strategy == Strategy::none) {
+    run_rows(p, run.to_float, 0, rows, executor);
+    const int64_t values = p.rows_per_sample * shape.out_channels;
+    for (int64_t n = 0; n < shape.batch; ++n)  // whatever an activation made of it
+      if (!samples[static_cast<size_t>(n)].valid) std::fill_n(p.y_float + n * values, values, kNan);
+    return;
+  }
   clear_stats(a.y, shape.batch, shape.out_channels);
   if (a.strategy == Strategy::dynamic) {
     require(a.workspace != nullptr, "conv2d: the dynamic strategy needs a workspace");

@@ -2,6 +2,7 @@
 #include "front_end.h"
 #include "packed_weight.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace probquant {
@@ -14,9 +15,10 @@ void check(const WeightShape& s) {
   require(s.out_channels > 0 && s.kernel_height > 0 && s.kernel_width > 0 && s.in_channels_per_group > 0 && s.groups > 0,
           "weight: every size must be positive, got [", s.out_channels, ", ", s.kernel_height, ", ", s.kernel_width, ", ", s.in_channels_per_group,
           "] with groups ", s.groups);
+  require(s.out_channels <= kMaxExtent, "weight: ", s.out_channels, " output channels, want at most ", kMaxExtent);
   require(s.out_channels % s.groups == 0, "weight: out_channels ", s.out_channels, " is not a multiple of groups ", s.groups);
-  const int64_t k = s.kernel_height * s.kernel_width * s.in_channels_per_group;
-  require(k < kMaxSum, "weight: ", k, " weights per output overflow the int32 accumulator, want fewer than ", kMaxSum);
+  const double k = static_cast<double>(s.kernel_height) * static_cast<double>(s.kernel_width) * static_cast<double>(s.in_channels_per_group);
+  require(k < kMaxSum, "weight: ", static_cast<int64_t>(std::min(k, 9e18)), " weights per output overflow the int32 accumulator, want fewer than ", kMaxSum);
 }
 
 }  // namespace

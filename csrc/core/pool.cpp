@@ -82,8 +82,9 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
   const int64_t channels = s.in_channels, out_width = s.out_width(), positions = s.out_height() * out_width;
   clear_stats(y, s.batch, channels);
   for (int64_t n = 0; n < s.batch; ++n) {
-    y.scale[n] = valid_scale(x.scale[n]) ? x.scale[n] : kNan;
-    y.zero_point[n] = clamp_zero_point(x.zero_point[n]);
+    const bool valid = valid_scale(x.scale[n]);
+    y.scale[n] = valid ? x.scale[n] : kNan;
+    y.zero_point[n] = valid ? clamp_zero_point(x.zero_point[n]) : 0;
   }
   // the part of a kernel axis inside the input: taps [begin, end), the first at `first`
   struct Taps {
@@ -98,6 +99,7 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
   parallel_over_samples(executor, s.batch, positions, 16, [&](int64_t n, int64_t begin, int64_t end) {
     const uint8_t* image = x.q + n * s.in_height * row;
     uint8_t* out = y.q + n * positions * channels;
+    if (!valid_scale(y.scale[n])) return static_cast<void>(std::fill(out + begin * channels, out + end * channels, uint8_t{0}));
     for (int64_t position = begin; position < end; ++position) {
       const Taps v = taps(position / out_width, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
       const Taps h = taps(position % out_width, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
@@ -113,17 +115,13 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
 
 void pool2d(Pool kind, const Conv2dShape& s, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
             const Executor& executor) {
-  require(s.batch >= 0 && s.in_height > 0 && s.in_width > 0 && s.in_channels > 0, "pool2d: input [", s.batch, ", ", s.in_height, ", ", s.in_width, ", ",
-          s.in_channels, "] (N, H, W, C), want positive sizes");
-  require(s.kernel_height > 0 && s.kernel_width > 0 && s.stride_height > 0 && s.stride_width > 0 && s.dilation_height > 0 && s.dilation_width > 0,
-          "pool2d: kernel, stride and dilation must be positive");
+  check_window("pool2d", s);
   const auto covers = [](int64_t before, int64_t after, int64_t kernel, int64_t dilation) {
-    return before >= 0 && after >= 0 && before < dilation * (kernel - 1) + 1 && after < dilation * (kernel - 1) + 1;
+    return before < dilation * (kernel - 1) + 1 && after < dilation * (kernel - 1) + 1;
   };
   require(covers(s.padding_top, s.padding_bottom, s.kernel_height, s.dilation_height) && covers(s.padding_left, s.padding_right, s.kernel_width, s.dilation_width),
           "pool2d: padding (", s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right,
           ") must be smaller than the window (", s.kernel_height, ", ", s.kernel_width, ")");
-  require(s.out_height() > 0 && s.out_width() > 0, "pool2d: window (", s.kernel_height, ", ", s.kernel_width, ") is larger than the padded input");
   if (kind == Pool::max) return maximum(s, x, y, executor);
   require(s.dilation_height == 1 && s.dilation_width == 1, "pool2d: average pooling has no dilation");
   average(s.batch, s.in_height, s.in_width, s.in_channels, s.out_height(), s.out_width(), x, range, y, executor, [&](int64_t oy, int64_t ox) {

@@ -32,9 +32,10 @@ PROBQUANT_HOST_DEVICE inline FieldMoments field_moments(const PatchSums& p, floa
 /// gamma = 0: fields of `weights` independent draws from an input with these moments over `count` values (borders ignored).
 PROBQUANT_HOST_DEVICE inline FieldMoments field_moments_of_input(int64_t sum, int64_t squares, int64_t count, int32_t zero_point, int64_t weights,
                                                                  float scale) {
-  const double n = static_cast<double>(count), k = static_cast<double>(weights), z = static_cast<double>(zero_point);
-  const double mean = static_cast<double>(sum - count * zero_point) / n;
-  const double second = (static_cast<double>(squares) - 2.0 * z * static_cast<double>(sum)) / n + z * z;
+  const int64_t z = zero_point;
+  const double n = static_cast<double>(count), k = static_cast<double>(weights);
+  const double mean = static_cast<double>(sum - count * z) / n;
+  const double second = static_cast<double>(squares - 2 * z * sum + count * z * z) / n;
   double variance = second - mean * mean;
   variance = variance > 0.0 ? variance : 0.0;
   const float squared = scale * scale;

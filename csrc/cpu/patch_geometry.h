@@ -9,13 +9,17 @@ namespace {
 /// The part of a kernel axis that lies inside the input: taps [begin, end), tap t at first + t * dilation.
 struct FieldAxis {
   int64_t first, begin, end;
-  FieldAxis(int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size) : first(position * stride - padding) {
-    begin = first < 0 ? (-first + dilation - 1) / dilation : 0;
-    end = first >= size ? 0 : (size - first + dilation - 1) / dilation;
+  FieldAxis(int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size)
+      : first(position * stride - padding) {
+    begin = first < 0 ? divide_up(-first, dilation) : 0;
+    end = first >= size ? 0 : divide_up(size - first, dilation);
     if (end > kernel) end = kernel;
     if (begin > end) begin = end;
   }
   int64_t count() const { return end - begin; }
+
+ private:
+  static int64_t divide_up(int64_t n, int64_t dilation) { return dilation == 1 ? n : (n + dilation - 1) / dilation; }
 };
 
 inline int64_t output_size(int64_t padded, int64_t kernel, int64_t stride, int64_t dilation) { return (padded - dilation * (kernel - 1) - 1) / stride + 1; }

@@ -39,9 +39,9 @@ inline bool same(IntView a, IntView b) { return a.size() == b.size() && std::equ
 inline bool is_dense(const Tensor& t, std::initializer_list<size_t> order) {
   int64_t wanted = 1;
   const IntView sizes = t.sizes(), strides = t.strides();
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
   for (auto i = order.end(); i != order.begin();) {
     --i;
-    if (sizes[*i] == 0) return true;
     if (sizes[*i] != 1 && strides[*i] != wanted) return false;
     wanted *= sizes[*i];
   }
@@ -88,11 +88,17 @@ inline Activation check_activation(const char* op, int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
+/// Below the core's limit, so that no size computed from them overflows.
+inline void check_extents(Argument a, const std::vector<int64_t>& v) {
+  for (const int64_t value : v) require(value <= kMaxExtent, a.op, ": ", a.name, " ", text(v), ", want at most ", kMaxExtent);
+}
+
 /// [height, width], or one value for both.
 struct Pair {
   int64_t height, width;
   Pair(Argument a, const std::vector<int64_t>& v) : height(0), width(0) {
     require(v.size() == 1 || v.size() == 2, a.op, ": ", a.name, " ", text(v), ", want one or two values");
+    check_extents(a, v);
     height = v.front();
     width = v.back();
   }
@@ -103,6 +109,7 @@ struct Padding {
   int64_t top, bottom, left, right;
   Padding(const char* op, const std::vector<int64_t>& v) : top(0), bottom(0), left(0), right(0) {
     require(v.size() == 1 || v.size() == 2 || v.size() == 4, op, ": padding ", text(v), ", want one, two or four values");
+    check_extents({op, "padding"}, v);
     top = v[0];
     bottom = v[v.size() == 4 ? 1 : 0];
     left = v[v.size() == 4 ? 2 : v.size() - 1];

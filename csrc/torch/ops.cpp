@@ -157,6 +157,7 @@ Quantized linear(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_po
   const int64_t in_features = x.size(-1);
   require(in_features > 0, op, ": x has no features, shape ", text(x.sizes()));
   require(out_features > 0, op, ": out_features ", out_features, ", want > 0");
+  require(out_features <= kMaxExtent, op, ": out_features ", out_features, ", want at most ", kMaxExtent);
   Ints y_sizes(x.sizes().begin(), x.sizes().end());
   y_sizes.back() = out_features;
   const Conv2dShape shape = linear_shape(g.samples, g.count / in_features, in_features, out_features);
@@ -180,6 +181,7 @@ Conv2dShape conv2d_shape(const char* op, const Tensor& x, int64_t out_channels, 
   require(k.height > 0 && k.width > 0, op, ": kernel_size (", k.height, ", ", k.width, "), want positive");
   require(s.height > 0 && s.width > 0, op, ": stride (", s.height, ", ", s.width, "), want positive");
   require(d.height > 0 && d.width > 0, op, ": dilation (", d.height, ", ", d.width, "), want positive");
+  require(out_channels <= kMaxExtent, op, ": out_channels ", out_channels, ", want at most ", kMaxExtent);
   require(groups > 0 && shape.in_channels % groups == 0 && out_channels > 0 && out_channels % groups == 0, op, ": groups ", groups,
           " must divide in_channels ", shape.in_channels, " and out_channels ", out_channels);
   return shape;

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -73,7 +74,10 @@ class Guarded {
 void fill_codes(Random& random, Guarded<uint8_t>& q) {
   const int64_t kind = random.range(0, 5), centre = random.range(0, 255);
   for (int64_t i = 0; i < q.size(); ++i)
-    q[i] = static_cast<uint8_t>(kind == 0 ? 255 : kind == 1 ? 0 : kind == 2 ? std::min<int64_t>(255, std::max<int64_t>(0, centre + random.range(-4, 4))) : random.range(0, 255));
+    q[i] = static_cast<uint8_t>(kind == 0   ? 255
+                                : kind == 1 ? 0
+                                : kind == 2 ? std::min<int64_t>(255, std::max<int64_t>(0, centre + random.range(-4, 4)))
+                                            : random.range(0, 255));
 }
 
 /// One case: what it is, for the report, and the first difference.

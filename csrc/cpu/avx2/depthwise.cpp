@@ -39,7 +39,8 @@ struct Group {
   alignas(32) int16_t weights[2][kMaxSteps * kPairBytes / 2];  ///< of the first output row of a pair, and of the second
 
   /// `pairs` of taps per kernel column are wanted.
-  Group(const LayerProblem& p, int64_t first, int64_t end, int64_t pairs) : channel(first), channels(end - first < kChannels ? end - first : kChannels) {
+  Group(const LayerProblem& p, int64_t first, int64_t end, int64_t pairs)
+      : channel(first), channels(end - first < kChannels ? end - first : kChannels) {
     const uint8_t* block = p.packed_weight + first / kBlockChannels * p.layout.block_bytes;
     const auto halves = [block](int64_t offset, void* out) {
       const auto* from = reinterpret_cast<const __m256i*>(block + offset);
@@ -108,7 +109,10 @@ struct Work {
     }
   }
   /// Bits of the dwords of a half that are channels.
-  int half_mask(int i) const { return first_lanes8(g.channels - 4 * i < 4 ? g.channels - 4 * i : 4) | first_lanes8(g.channels - 8 - 4 * i < 4 ? g.channels - 8 - 4 * i : 4) << 4; }
+  int half_mask(int i) const {
+    const int bytes = g.channels >= kChannels ? 0xffff : (1 << g.channels) - 1;
+    return (bytes >> 4 * i & 0xf) | (bytes >> (8 + 4 * i) & 0xf) << 4;
+  }
 
   void add_stats() {
     int64_t* stats = p.stats + (s - p.samples) * (kStatsSample + (p.channel_stats ? 2 * p.shape.out_channels : 0));
@@ -225,7 +229,8 @@ struct RowSource {
 };
 
 /// Interleaves input columns [x, x + columns) of 2 rows into every `pairs`-th pair of the strip.
-void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width, int64_t channels, int32_t zero_point, int64_t pairs, uint8_t* strip) {
+void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width, int64_t channels, int32_t zero_point, int64_t pairs,
+                uint8_t* strip) {
   const int64_t step = pairs * kPairBytes;
   for (int64_t i = 0; i < columns; ++i, strip += step) {
     if (x + i < 0 || x + i >= width) {
@@ -282,7 +287,8 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t pairs, co
   for (int64_t i = 0; i < 2 * pairs; ++i) {
     const int64_t iy = y * s.stride_height - s.padding_top + i * s.dilation_height;
     const bool padding = i >= s.kernel_height + R - 1 || iy < 0 || iy >= s.in_height;
-    sources[i] = padding ? RowSource{padding_row, 0} : RowSource{p.x + (rectangle.sample * s.in_height + iy) * s.in_width * channels + g.channel, channels};
+    sources[i] = padding ? RowSource{padding_row, 0}
+                         : RowSource{p.x + (rectangle.sample * s.in_height + iy) * s.in_width * channels + g.channel, channels};
   }
   alignas(32) uint8_t strip[kStripPairs * kPairBytes];
   const int64_t span = (s.kernel_width - 1) * s.dilation_width + 1, column_step = s.stride_width * pairs * kPairBytes;

@@ -118,7 +118,8 @@ inline void store_bytes16(void* to, __m128i v, int64_t n) {
 /// v with the bytes behind the first n zeroed.
 inline __m256i keep_bytes(__m256i v, int64_t n) {
   if (n >= 32) return v;
-  const __m256i index = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  const __m256i index = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
+                                         29, 30, 31);
   return _mm256_and_si256(v, _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(n)), index));
 }
 /// Bits of the first n lanes of 8.

@@ -9,13 +9,13 @@
 // A group with only one or two blocks of 16 channels would waste 3/4 or 1/2 of the vector: it fills the other lanes with
 // the same channels of other output rows ("slots").
 //
-// Two passes over a strip, two parts each (the first keeps 16-bit codes in L1), so that the weights of a 3x3 kernel stay in
-// registers: 2 rows x 3 columns x 2 parts = 12. Register tile: 2 rows x 1 column or 1 row x 2 columns, times 2 parts: 4
-// accumulators; the epilogue adds 6 of constants (bounds, zero point, corrections), 4 of moments and clip counts, and
-// reads two floats per part and lane from L1. Small tiles let the out-of-order window mix the dot products (ports 0 and 1)
-// of one tile with the conversions (ports 2 and 3) of another. Larger kernels read weights from L1, for twice the columns.
-// L1: a strip has at most kStripQuads x 256 bytes = 16 KB, what the first pass keeps 8 KB, the weights of a group
-// 2 x steps x 256 (1.5 KB for 3x3).
+// Two passes over a strip, two parts each (the first keeps 16-bit codes and clip signs in L1), so that the weights of a 3x3
+// kernel stay in registers: 2 rows x 3 columns x 2 parts = 12. Register tile: 2 rows x 1 column or 1 row x 2 columns, times
+// 2 parts: 4 accumulators, and 4 values of the tile before, whose epilogue surrounds this tile's dot products. The rest
+// holds bounds, zero point, moments and clip counts; two floats and a correction per part and lane come from L1. Other
+// kernels read their weights from L1, once for twice the columns.
+// L1: a strip and what the first pass keeps have at most 16 KB each (kStripQuads), the weights of a group 2 x steps x 256
+// bytes (1.5 KB for 3x3).
 #include "../depthwise_geometry.h"
 #include "epilogue.h"
 
@@ -152,13 +152,17 @@ inline BlockPlace block_place(const Group& g, const Place& place, int64_t j) {
 }
 
 inline void store_codes(uint8_t* y, const Group& g, const Place& place, __m512i q) {
-  if (g.slots == 1) return _mm512_mask_storeu_epi8(y + place.at, place.mask, q);
-  alignas(64) uint8_t codes[kVector];
-  _mm512_store_si512(codes, q);
-  for (int64_t j = 0; j < 4; ++j) {
-    const BlockPlace block = block_place(g, place, j);
-    _mm_mask_storeu_epi8(y + block.at, block.mask, _mm_load_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
+  uint8_t* at = y + place.at;
+  if (g.slots == 1) return _mm512_mask_storeu_epi8(at, place.mask, q);
+  if (g.slots == 2) {
+    _mm256_mask_storeu_epi8(at, static_cast<__mmask32>(place.mask), _mm512_castsi512_si256(q));
+    _mm256_mask_storeu_epi8(at + place.slot_step, static_cast<__mmask32>(place.mask >> 32), _mm512_extracti64x4_epi64(q, 1));
+    return;
   }
+  _mm_mask_storeu_epi8(at, static_cast<__mmask16>(place.mask), _mm512_castsi512_si128(q));
+  _mm_mask_storeu_epi8(at + place.slot_step, static_cast<__mmask16>(place.mask >> 16), _mm512_extracti32x4_epi32(q, 1));
+  _mm_mask_storeu_epi8(at + 2 * place.slot_step, static_cast<__mmask16>(place.mask >> 32), _mm512_extracti32x4_epi32(q, 2));
+  _mm_mask_storeu_epi8(at + 3 * place.slot_step, static_cast<__mmask16>(place.mask >> 48), _mm512_extracti32x4_epi32(q, 3));
 }
 
 /// q - zero point of a residual, in part order.
@@ -424,7 +428,8 @@ struct RowCursor {
 
 /// Interleaves input columns [x, x + columns) of 4 rows into every `quads`-th quad of the strip.
 template <int kSlots>
-void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width, __mmask64 mask, int32_t zero_point, int64_t quads, uint8_t* strip) {
+void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width, __mmask64 mask, int32_t zero_point, int64_t quads,
+                uint8_t* strip) {
   const int64_t step = quads * kQuadBytes;
   const int64_t before = x < 0 ? (-x < columns ? -x : columns) : 0;  // columns left of the image
   const int64_t inside = width - x < columns ? (width - x > before ? width - x : before) : columns;

@@ -54,11 +54,15 @@ void depthwise(const FieldGeometry& g, const uint8_t* x, int32_t zero_point, int
           const uint8_t* row = x + (rows.first + ky * s.dilation_height) * s.in_width * s.in_channels + channel;
           for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
             const uint8_t* at = row + (columns.first + kx * s.dilation_width) * s.in_channels;
-            const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at)), _mm512_set1_epi32(zero_point));
-            s1 = _mm512_add_epi32(s1, centred);
-            s2 = _mm512_add_epi32(s2, _mm512_mullo_epi32(centred, centred));
+            const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at));
+            s1 = _mm512_add_epi32(s1, code);
+            s2 = _mm512_add_epi32(s2, _mm512_madd_epi16(code, code));
           }
         }
+        const __m512i n_z = _mm512_set1_epi32(static_cast<int32_t>(rows.count() * columns.count()) * zero_point), z = _mm512_set1_epi32(zero_point);
+        // S2 - 2 z S1 + n z^2 = S2 - z (2 S1 - n z)
+        s2 = _mm512_sub_epi32(s2, _mm512_mullo_epi32(z, _mm512_sub_epi32(_mm512_add_epi32(s1, s1), n_z)));
+        s1 = _mm512_sub_epi32(s1, n_z);
         shifted_sums.add(_mm512_add_epi32(s1, shift));
         squares.add(s2);
         squared_sums.add_square(s1);
@@ -81,7 +85,8 @@ void depthwise(const FieldGeometry& g, const uint8_t* x, int32_t zero_point, int
 void patch_sums(const Conv2dShape& shape, const uint8_t* x, int32_t zero_point, int64_t gamma, bool per_group, PatchSums* sums) {
   const FieldGeometry g(shape);
   const int64_t taps = shape.kernel_height * shape.kernel_width;
-  if (taps * ((g.inputs + kVector - 1) / kVector) >= CodeSums::kFlushAfter) return kReferenceKernels.patch_sums(shape, x, zero_point, gamma, per_group, sums);
+  if (taps * ((g.inputs + kVector - 1) / kVector) >= CodeSums::kFlushAfter)
+    return kReferenceKernels.patch_sums(shape, x, zero_point, gamma, per_group, sums);
   if (g.inputs == 1) depthwise(g, x, zero_point, gamma, per_group, sums);
   else sum_grouped_fields<CodeSums>(g, x, zero_point, gamma, per_group, sums, add_segment);
 }

@@ -9,6 +9,9 @@ namespace probquant {
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers
 
+/// Largest size, kernel, stride, padding or dilation along one axis.
+inline constexpr int64_t kMaxExtent = 0x7fffffff;
+
 /// Geometry of a 2-d convolution, NHWC.
 struct Conv2dShape {
   int64_t batch = 0, in_height = 0, in_width = 0, in_channels = 0, out_channels = 0;
