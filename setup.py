@@ -34,7 +34,7 @@ DEMO = [
     "pillow",
     "scikit-image",
 ]
-TEST = ["cmake>=3.24", "hypothesis", "ninja", "pybind11>=2.13", "pytest"]
+TEST = ["cmake>=3.24", "hypothesis", "ninja", "pybind11>=2.13", "pytest", "pytest-xdist"]
 
 
 class CleanBuild(build):
