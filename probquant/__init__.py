@@ -14,6 +14,7 @@ from ._native import build_info, cpu_info
 from ._ops import Activation, Strategy, ops
 from .model import Capture, LayerInfo, QuantizedModel, load, save, validate
 from .quantize import capture, quantize
+from .compare import Comparison, compare  # after what it compares
 
 __version__ = build_info()["version"]
 
@@ -23,12 +24,14 @@ cmake_prefix_path = str(_folder / "lib" / "cmake")
 __all__ = [
     "Activation",
     "Capture",
+    "Comparison",
     "LayerInfo",
     "QuantizedModel",
     "Strategy",
     "build_info",
     "capture",
     "cmake_prefix_path",
+    "compare",
     "cpu_info",
     "load",
     "ops",

@@ -285,7 +285,8 @@ def _model_arguments(sub) -> None:
 
 def _run_arguments(sub) -> None:
     sub.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images per call")
-    sub.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
+    threads = "CPU threads (default: torch's choice); on a busy machine fewer are faster"
+    sub.add_argument("--threads", type=_count, metavar="N", help=threads)
     sub.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
 
 
@@ -293,7 +294,7 @@ def _quantize_arguments(sub) -> None:
     group = sub.add_argument_group("quantization")
     group.add_argument("--surrogate", default="gaussian", choices=["gaussian"], help="how ranges are predicted")
     group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law per layer or channel")
-    group.add_argument("--gamma", type=int, default=4, help="sampling stride of the prediction; 0: the input's moments alone")
+    group.add_argument("--gamma", type=int, default=0, help="sampling stride of the prediction; 0: the input's moments alone")
     group.add_argument("--criterion", default="mse", choices=["mse", "coverage", "minmax"], help="what calibration optimises")
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")
     group.add_argument("--exclude", nargs="+", metavar="LAYER", help="these layers stay float")

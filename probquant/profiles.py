@@ -17,8 +17,9 @@ from torch import fx
 
 from .graph import Unit
 
-_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_POWERS = (0.0, 0.25, 0.5)
 _QUANTILE = 0.95  # of a channel's largest value over the images: one odd image must not set it
+_SHRINKAGE = 8  # a profile of n images gets n / (n + 8) of its power: few images over-fit
 _FLOOR = 1.0 / 64  # least factor of a channel, relative to the largest: dead channels stay harmless
 
 
@@ -125,8 +126,9 @@ def choose_profile(group: Group, observations: dict[fx.Node, _Observation]) -> t
     ceiling = (ceiling / ceiling.max().clamp(min=1e-30)).clamp(min=_FLOOR)
     largest = torch.stack([torch.stack(observations[node].largest).amax(0).double() for node in group.outputs]).amax(0)
     best, best_noise = torch.ones_like(ceiling), float("inf")
+    images = len(observations[group.outputs[0]].largest)
     for power in _POWERS:
-        profile = ceiling**power
+        profile = ceiling ** (power * images / (images + _SHRINKAGE))
         step = 2.0 * float((largest / profile).max()) / 255.0
         noise = sum(_noise(unit, profile, step, observations[unit.inputs[0]].mean_square()) for unit in group.consumers)
         if noise < best_noise:
