@@ -59,6 +59,9 @@ def versions() -> dict[str, str]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    import torch  # not at the top: peak.py does without it
+
+    found["torch"] = torch.__version__  # with the build's suffix, which the package's metadata may lack
     return found
 
 
