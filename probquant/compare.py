@@ -67,14 +67,16 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
 def latency(models: dict[str, nn.Module], inputs: Sequence[Tensor], rounds: int = 15) -> dict[str, tuple[float, float]]:
     """Milliseconds per image of each model: (median, minimum) over ``rounds``, after one call to warm up.
 
-    Each round times every model once, so that a slow moment of the machine hits all of them; inputs are [N, ...].
+    Each round times every model once, so that a slow moment of the machine hits all of them, and begins with another
+    one: whoever follows the largest model finds the caches cold. Inputs are [N, ...].
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for _ in range(rounds + 1):
-            for name, model in models.items():
+        for turn in range(rounds + 1):
+            first = turn % len(models)
+            for name in [*models][first:] + [*models][:first]:
                 start = time.perf_counter()
-                model(*inputs)
+                models[name](*inputs)
                 times[name].append(1e3 * (time.perf_counter() - start) / len(inputs[0]))
     return {name: (statistics.median(taken[1:]), min(taken[1:])) for name, taken in times.items()}
 
