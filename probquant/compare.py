@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -67,14 +68,14 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
 def latency(models: dict[str, nn.Module], inputs: Sequence[Tensor], rounds: int = 15) -> dict[str, tuple[float, float]]:
     """Milliseconds per image of each model: (median, minimum) over ``rounds``, after one call to warm up.
 
-    Each round times every model once, so that a slow moment of the machine hits all of them, and begins with another
-    one: whoever follows the largest model finds the caches cold. Inputs are [N, ...].
+    Each round times every model once, so that a slow moment of the machine hits all of them, in an order of its own:
+    whoever follows the largest model finds the caches cold. Inputs are [N, ...].
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for turn in range(rounds + 1):
-            first = turn % len(models)
-            for name in [*models][first:] + [*models][:first]:
+        shuffle = random.Random(0)
+        for _ in range(rounds + 1):
+            for name in shuffle.sample(list(models), len(models)):
                 start = time.perf_counter()
                 models[name](*inputs)
                 times[name].append(1e3 * (time.perf_counter() - start) / len(inputs[0]))
