@@ -8,16 +8,15 @@ import math
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .files import replacing
 from .model import QuantizedModel
 from .quantize import capture
 
@@ -284,17 +283,9 @@ class _LayerStatistics:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in one step: a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a UTF-8 text file in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _outputs(output) -> list[Tensor]:

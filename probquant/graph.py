@@ -21,7 +21,6 @@ from ._ops import Activation
 aten = torch.ops.aten
 
 _IDENTITIES = {aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
-_ADDS = {aten.add.Tensor}
 _FLOAT_LAYERS = {
     aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d", aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
     aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d", aten.conv_transpose3d.input: "conv_transpose3d",
@@ -241,7 +240,7 @@ def _layer_unit(graph_module: fx.GraphModule, node: fx.Node) -> Unit | None:
         raise ValueError(f"probquant: weight or bias of layer {unit.name!r} is not finite")
     if math.prod(weight.shape[1:]) >= _MAX_SUM:
         unit.reason = f"{math.prod(weight.shape[1:])} weights per output overflow an int32 sum (limit {_MAX_SUM})"
-    if (shape_of(node.args[0]) or (0, 0)).__len__() < 2:
+    if len(shape_of(node.args[0]) or (0, 0)) < 2:
         unit.reason = "its input has no batch dimension"
     unit.weight = (weight.permute(0, 2, 3, 1) if kind == "conv2d" else weight).float().contiguous()
     unit.bias = None if bias is None else bias.float().contiguous()
@@ -282,7 +281,7 @@ def _absorb_padding(unit: Unit) -> None:
 
 def _absorb_residual(unit: Unit, order: dict[fx.Node, int], taken: set[fx.Node]) -> None:
     users = list(unit.output.users)
-    if len(users) != 1 or users[0].target not in _ADDS or users[0] in taken:
+    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0] in taken:
         return
     add = users[0]
     if argument(add, 2, "alpha", 1) != 1 or not all(isinstance(a, fx.Node) for a in add.args[:2]):
@@ -351,7 +350,7 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
     def unit(kind, unit_inputs=inputs, **options):
         return Unit(node.name, kind, [node], node, list(unit_inputs), node, options=options)
 
-    if target in _ADDS:
+    if target is aten.add.Tensor:
         if not all(isinstance(a, fx.Node) and shape_of(a) == shape for a in node.args[:2]) or argument(node, 2, "alpha", 1) != 1:
             return None
         return unit("add", node.args[:2])
@@ -431,9 +430,7 @@ def choose_int8(units: list[Unit], selected) -> None:
                 continue
             source = producers.get(unit.inputs[0])
             rank = len(shape_of(unit.inputs[0]))
-            unit.sample_dims = source.sample_dims if unit.inputs[0] in possible else (1 if unit.kind == "conv2d" else rank - 1)
-            if unit.kind == "conv2d" and unit.sample_dims != 1:
-                unit.sample_dims = 1
+            unit.sample_dims = 1 if unit.kind == "conv2d" else source.sample_dims if unit.inputs[0] in possible else rank - 1
             if unit.residual is not None and not (unit.residual in possible and producers[unit.residual].sample_dims == unit.sample_dims):
                 _release_residual(unit)
             possible.add(unit.output)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import operator
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ._ops import ops
+from .files import replacing
 
 _UNITS = "int8_layers"
 _FORMAT = 1
@@ -185,16 +185,9 @@ def save(qmodel: QuantizedModel, path: str | os.PathLike) -> None:
         raise TypeError(f"probquant: save wants a QuantizedModel, got {type(qmodel).__name__}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        tensors = {name: tensor.contiguous().clone() for name, tensor in _tensors(qmodel).items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in _tensors(qmodel).items()}
+    with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"probquant": json.dumps(_header(qmodel))})
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _tensors(qmodel: QuantizedModel) -> dict[str, torch.Tensor]:

@@ -30,7 +30,6 @@ class Group:
     outputs: list[fx.Node]
     producers: list[Unit]
     consumers: list[Unit]
-    channels: int
 
 
 class _Observation:
@@ -42,7 +41,7 @@ class _Observation:
 
     def update(self, x: torch.Tensor) -> None:
         x = x.float()
-        flat = x.flatten(2) if x.dim() > 2 and x.dim() == 4 else x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)  # [N, C, positions]
+        flat = x.flatten(2) if x.dim() == 4 else x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)  # [N, C, positions]
         self.largest.extend(flat.abs().amax(2))
         self.squares = self.squares + flat.double().pow(2).sum((0, 2))
         self.count += flat.shape[0] * flat.shape[2]
@@ -76,8 +75,6 @@ def find_groups(units: list[Unit]) -> list[Group]:
         scales_freely = unit.activation.name == "CLAMP" and unit.activation_min in (None, 0.0) and unit.activation_max is None
         if unit.kind in ("concat", "activation") or not scales_freely or (unit.kind == "flatten" and tuple(unit.inputs[0].meta["val"].shape[2:]) != (1, 1)):
             barred.update(n for n in (*joined, unit.output) if n in parent)
-            if unit.is_layer and unit.residual is None:
-                continue
         if unit.output in parent:
             for node in joined:
                 parent[root(node)] = root(unit.output)
@@ -96,7 +93,7 @@ def find_groups(units: list[Unit]) -> list[Group]:
         consumers = [unit for unit in int8 if unit.is_layer and unit.inputs[0] in outputs]
         shared = any(weights[id(unit.anchor.args[1])] > 1 for unit in (*producers, *consumers))
         if producers and consumers and not shared:
-            groups.append(Group(outputs, producers, consumers, producers[0].weight.shape[0]))
+            groups.append(Group(outputs, producers, consumers))
     return groups
 
 
