@@ -414,6 +414,11 @@ def _ceil_padding(source, kernel, stride, padding, dilation) -> list[int]:
 # What becomes int8
 
 
+def reads_codes(layer: Unit, source: Unit) -> bool:
+    """Whether a layer can read the codes `source` writes: a 4-d tensor is an image to a convolution, rows to a linear layer."""
+    return len(shape_of(source.output)) != 4 or (source.sample_dims == 1) == (layer.kind == "conv2d")
+
+
 def choose_int8(units: list[Unit], selected) -> None:
     """Marks the units that become int8. `selected(name)` says whether the user wants a layer quantized.
 
@@ -430,7 +435,8 @@ def choose_int8(units: list[Unit], selected) -> None:
                 continue
             source = producers.get(unit.inputs[0])
             rank = len(shape_of(unit.inputs[0]))
-            unit.sample_dims = 1 if unit.kind == "conv2d" else source.sample_dims if unit.inputs[0] in possible else rank - 1
+            reads = unit.inputs[0] in possible and reads_codes(unit, source)
+            unit.sample_dims = 1 if unit.kind == "conv2d" else source.sample_dims if reads else rank - 1
             if unit.residual is not None and not (unit.residual in possible and producers[unit.residual].sample_dims == unit.sample_dims):
                 _release_residual(unit)
             possible.add(unit.output)
@@ -440,7 +446,8 @@ def choose_int8(units: list[Unit], selected) -> None:
                 unit.reason = "its inputs are quantized per image and per token"
                 continue
             unit.sample_dims = dims.pop()
-            if unit.kind == "flatten" and unit.sample_dims != 1:
+            images_only = unit.kind == "flatten" or (unit.kind not in ("add", "activation") and len(shape_of(unit.inputs[0])) == 4)
+            if images_only and unit.sample_dims != 1:
                 unit.reason = "its input is quantized per token"
                 continue
             possible.add(unit.output)
@@ -449,7 +456,7 @@ def choose_int8(units: list[Unit], selected) -> None:
     for unit in reversed(units):
         if unit.reason:
             continue
-        readers = [u for u in units if u.int8 and (unit.output in u.inputs or unit.output is u.residual)]
+        readers = [u for u in units if u.int8 and ((unit.output in u.inputs and (not u.is_layer or reads_codes(u, unit))) or unit.output is u.residual)]
         unit.quantized_output = bool(readers)
         unit.int8 = unit.is_layer or unit.quantized_output
         if not unit.int8:

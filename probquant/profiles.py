@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import fx
 
-from .graph import Unit
+from .graph import Unit, reads_codes
 
 _POWERS = (0.0, 0.25, 0.5)
 _QUANTILE = 0.95  # of a channel's largest value over the images: one odd image must not set it
@@ -79,7 +79,8 @@ def find_groups(units: list[Unit]) -> list[Group]:
             for node in joined:
                 parent[root(node)] = root(unit.output)
     for node in parent:
-        if any(user not in inside for user in node.users):  # read in float
+        in_float = any(unit.is_layer and node in unit.inputs and not reads_codes(unit, by_output[node]) for unit in int8)
+        if in_float or any(user not in inside for user in node.users):
             barred.add(node)
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in parent:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import surrogates
 from ._ops import Activation, Strategy, ops
-from .graph import Unit, aten, choose_int8, find_units, shape_of, trace
+from .graph import Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .profiles import apply_profiles
 
@@ -385,16 +385,17 @@ class _Writer:
         self.graph = fx.Graph()
         self.graph._codegen = source.graph._codegen
         self.float_nodes: dict[fx.Node, fx.Node] = {}
-        self.codes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.codes: dict[fx.Node, tuple[fx.Node, ...]] = {}  # what int8 units write
+        self.requantized: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = {}  # float values by sample dimensions
+        self.sources = {unit.output: unit for unit in units if unit.int8}
         self.modules = nn.Module()
         self.names = {id(plan.unit): f"{i:03d}_{plan.unit.name}".replace(".", "_").replace("#", "_") for i, plan in enumerate(plans)}
 
     def write(self) -> QuantizedModel:
-        by_output = {unit.output: unit for unit in self.units if unit.int8}
         inside = {node for unit in self.units if unit.int8 for node in unit.nodes}
         for node in self.source.graph.nodes:
-            if node in by_output:
-                self.write_unit(self.plans[id(by_output[node])])
+            if node in self.sources:
+                self.write_unit(self.plans[id(self.sources[node])])
             elif node not in inside:
                 self.copy(node)
         self.graph.eliminate_dead_code()
@@ -424,9 +425,11 @@ class _Writer:
 
     def as_codes(self, node: fx.Node, plan: _Plan) -> tuple[fx.Node, ...]:
         """(q, scale, zero_point, stats) of a float node's value; quantized here if nobody has it in 8 bits."""
-        if node in self.codes:
+        if node in self.codes and reads_codes(plan.unit, self.sources[node]):
             return self.codes[node]
         dims = plan.unit.sample_dims
+        if (node, dims) in self.requantized:
+            return self.requantized[node, dims]
         x = self.as_float(node)
         if dims != 1 or len(shape_of(node)) != 4:
             x = self.call(aten.contiguous.default, x)
@@ -434,8 +437,8 @@ class _Writer:
         if self.settings["strategy"] == "static" and node.op != "placeholder":
             fixed = plan.leaves["fixed_input"]
             given = (self.tensor(plan, "input_scale", fixed[:1].clone()), self.tensor(plan, "input_zero_point", fixed[1:].to(torch.int32)))
-        self.codes[node] = self.unpack(self.call(ops.quantize.default, x, dims, *given))
-        return self.codes[node]
+        self.requantized[node, dims] = self.unpack(self.call(ops.quantize.default, x, dims, *given))
+        return self.requantized[node, dims]
 
     def call(self, target, *args, **kwargs) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)

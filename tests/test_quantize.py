@@ -691,3 +691,46 @@ def test_export_with_a_dynamic_batch(name):
     for count in (6, 2, 5):
         part = pick(inputs, slice(0, count))
         same(run(exported, part), run(qmodel, part), "exported")
+
+
+class LinearOnImage(nn.Module):
+    """A linear layer over the width of a convolution's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x))
+
+
+class SharedFloatInput(nn.Module):
+    """One float tensor that a convolution reads as an image and a linear layer as rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = torch.tanh(x)
+        return torch.cat([self.conv(x).flatten(1), self.linear(x).flatten(1)], 1)
+
+
+class ImageOfRows(nn.Module):
+    """A convolution on a linear layer's 4-d output."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(16, 16), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        return self.conv(self.linear(x))
+
+
+@pytest.mark.parametrize("strategy", ["static", "dynamic", "probabilistic"])
+@pytest.mark.parametrize("network", [LinearOnImage, SharedFloatInput, ImageOfRows])
+def test_images_and_rows_of_one_tensor(network, strategy):
+    torch.manual_seed(0)
+    model, x = network().eval(), torch.randn(4, 3, 16, 16)
+    y, wanted = pq.quantize(model, [x], strategy=strategy, progress=False)(x), model(x)
+    assert 10 * torch.log10(wanted.pow(2).sum() / (y - wanted).pow(2).sum()) > 30
