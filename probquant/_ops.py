@@ -197,3 +197,11 @@ def _(x, x_scale, x_zero_point, output_size, strategy=2, predictor=None, channel
     _check_codes("adaptive_avg_pool2d", x, x_scale)
     sizes = [x.shape[0], x.shape[1], *_pair(output_size)]
     return _outputs(_codes(x, sizes, True), x_scale.shape, x.shape[1], channel_stats)
+
+
+@torch.library.register_fake("probquant::upsample_nearest2d")
+def _(x, x_scale, x_zero_point, scale_factor, channel_stats=False):
+    _check_codes("upsample_nearest2d", x, x_scale)
+    height, width = _pair(scale_factor)
+    sizes = [x.shape[0], x.shape[1], x.shape[2] * height, x.shape[3] * width]
+    return _outputs(_codes(x, sizes, True), x_scale.shape, x.shape[1], channel_stats)

@@ -25,14 +25,21 @@ _FLOAT_LAYERS = {
     aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d", aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
     aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d", aten.conv_transpose3d.input: "conv_transpose3d",
 }  # fmt: skip
+_UPSAMPLES = {
+    aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact2d.default,
+}  # fmt: skip
 _MAX_SUM = 66_000  # weights per output that the int32 accumulator can hold (csrc/NUMERICS.md)
+
+
+#: Kinds of units whose output has its input's scale and zero point.
+PASSES_THROUGH = ("max_pool2d", "upsample_nearest2d", "flatten")
 
 
 @dataclasses.dataclass
 class Unit:
     """A group of float nodes that one int8 op replaces.
 
-    kind: conv2d, linear, add, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d or flatten.
+    kind: conv2d, linear, add, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d, upsample_nearest2d or flatten.
     nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add and concat read
     several). residual: the node a layer adds before its activation. options: what the op needs beside tensors.
     """
@@ -380,10 +387,25 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
         return unit("adaptive_avg_pool2d", output_size=list(shape[2:]), flatten=False)
     if target is aten.mean.dim and len(source) == 4 and sorted(d % 4 for d in node.args[1]) == [2, 3]:
         return unit("adaptive_avg_pool2d", output_size=[1, 1], flatten=not argument(node, 2, "keepdim", False))
+    if target in _UPSAMPLES and len(source) == 4:
+        factor = _whole_factor(node, source, shape)
+        return unit("upsample_nearest2d", scale_factor=factor) if factor else None
     if target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims):
         if len(shape) == 2 and len(source) > 2 and _same_size(shape[0], source[0]):
             return unit("flatten")
     return None
+
+
+def _whole_factor(node: fx.Node, source: tuple, shape: tuple) -> list[int] | None:
+    """[height, width] by which a nearest upsampling repeats every pixel; None if it does something else."""
+    sizes, outs = list(map(int, source[2:])), list(map(int, shape[2:]))
+    if any(out % size for out, size in zip(outs, sizes, strict=True)):
+        return None
+    height, width = (out // size for out, size in zip(outs, sizes, strict=True))
+    pixels = torch.arange(math.prod(sizes), dtype=torch.float32).reshape(1, 1, *sizes)
+    repeated = pixels.repeat_interleave(height, 2).repeat_interleave(width, 3)
+    # torch finds the source pixel in float32 arithmetic, which misses some: take its word, not the factor's
+    return [height, width] if torch.equal(node.target(pixels, *node.args[1:], **node.kwargs), repeated) else None
 
 
 def _same_size(a, b) -> bool:

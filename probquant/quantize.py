@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import surrogates
 from ._ops import Activation, Strategy, ops
-from .graph import Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
+from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .profiles import apply_profiles
 
@@ -262,7 +262,7 @@ class _Plan:
     def _strategy(self, settings) -> Strategy:
         if not self.unit.quantized_output:
             return Strategy.NONE
-        if self.unit.kind in ("max_pool2d", "flatten"):  # their parameters pass through
+        if self.unit.kind in PASSES_THROUGH:
             return Strategy.NONE
         if settings["strategy"] == "static":
             return Strategy.FIXED
@@ -525,6 +525,8 @@ class _Writer:
             return self.call(ops.concat.default, *([i[part] for i in inputs] for part in range(3)), **self.range(plan))
         if unit.kind == "max_pool2d":
             return self.call(ops.max_pool2d.default, *x, *(options[k] for k in ("kernel_size", "stride", "padding", "dilation")))
+        if unit.kind == "upsample_nearest2d":
+            return self.call(ops.upsample_nearest2d.default, *x, options["scale_factor"])
         if unit.kind == "avg_pool2d":
             geometry = (options[k] for k in ("kernel_size", "stride", "padding", "count_include_pad"))
             return self.call(ops.avg_pool2d.default, *x, *geometry, **self.range(plan))
@@ -542,7 +544,7 @@ class _Writer:
         elif unit.activation_min is not None or unit.activation_max is not None:
             bounds = (unit.activation_min, unit.activation_max)
             fused.append({(0.0, None): "relu", (0.0, 6.0): "relu6"}.get(bounds, f"clamp{bounds}"))
-        strategy = "passes through" if unit.kind == "max_pool2d" else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
+        strategy = "passes through" if unit.kind in PASSES_THROUGH else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
         return LayerInfo(
             unit.name, unit.kind, True, "", strategy, "image" if unit.sample_dims == 1 else "token", " + ".join(fused), unit.output.name, plan.predictor
         )

@@ -163,12 +163,13 @@ class CSP(nn.Module):
 
 
 class YoloBackbone(nn.Module):
-    """Convolutions behind F.pad, CSP, an Inception-like block of pools and branches; three outputs in a dict."""
+    """Convolutions behind F.pad, CSP, a top-down path, an Inception-like block of pools and branches; three outputs in a dict."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.csp1, self.csp2 = nn.Conv2d(3, 16, 3, 2), CSP(16, 16), CSP(16, 32)
         self.down = conv_bn(16, 16, 3, 2, activation=nn.SiLU())
+        self.lateral, self.fuse = conv_bn(32, 16, 1, activation=nn.SiLU()), CSP(32, 16)
         self.branch1, self.branch3 = conv_bn(32, 8, 1, activation=nn.ReLU()), conv_bn(32, 8, 3, activation=nn.ReLU())
         self.branch_pool, self.detect = conv_bn(32, 8, 1, activation=nn.ReLU()), nn.Conv2d(24, 6, 1)
 
@@ -178,6 +179,7 @@ class YoloBackbone(nn.Module):
         large = self.csp2(self.down(small))
         pooled = self.branch_pool(F.avg_pool2d(large, 3, 1, 1))
         joined = torch.cat([self.branch1(large), self.branch3(large), pooled], 1)
+        small = self.fuse(torch.cat([F.interpolate(self.lateral(large), scale_factor=2), small], 1))
         return {"boxes": self.detect(joined), "features": [small, large]}
 
 

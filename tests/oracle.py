@@ -500,6 +500,11 @@ def max_pool2d(x: Codes, geometry: Geometry, channel_stats: bool = False) -> Cod
     return output(q, np.zeros(q.shape, dtype=bool), x.scale, clamped_zero_point(x.zero_point), valid_scale(x.scale), channel_stats)
 
 
+def upsample_nearest2d(x: Codes, factor: tuple[int, int], channel_stats: bool = False) -> Codes:
+    q = x.q.astype(np.int64).repeat(factor[0], 1).repeat(factor[1], 2)
+    return output(q, np.zeros(q.shape, dtype=bool), x.scale, clamped_zero_point(x.zero_point), valid_scale(x.scale), channel_stats)
+
+
 @quiet
 def average(x: Codes, acc: np.ndarray, divisor: np.ndarray, strategy: int, predictor, channel_stats: bool) -> Codes:
     """acc: sums of q - z [N, OH, OW, C]; divisor [OH, OW]."""

@@ -87,6 +87,7 @@ def other_calls(rng, count):
         kernel = min(3, shape[1], shape[2])
         yield f"{index} max_pool2d", ops.max_pool2d(*x[:3], [kernel], [2], [kernel // 2], [1], channel_stats)
         yield f"{index} avg_pool2d", ops.avg_pool2d(*x[:3], [kernel], [1], [kernel // 2], bool(rng.integers(2)), **options)
+        yield f"{index} upsample_nearest2d", ops.upsample_nearest2d(*x[:3], [2, 1], channel_stats)
         yield f"{index} adaptive_avg_pool2d", ops.adaptive_avg_pool2d(*x[:3], [int(rng.integers(1, 6))], **options)
 
 

@@ -56,9 +56,10 @@ VALID = {
     "max_pool2d": lambda: {**named("x", image()[:3]), **geometry()},
     "avg_pool2d": lambda: {**named("x", image()[:3]), "kernel_size": [3], "stride": [1], "padding": [1]},
     "adaptive_avg_pool2d": lambda: {**named("x", image()[:3]), "output_size": [2]},
+    "upsample_nearest2d": lambda: {**named("x", image()[:3]), "scale_factor": [2]},
 }
-CODES = ["dequantize", "linear", "conv2d", "surrogate_law", "activation", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"]  # read x
-IMAGES = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"]
+CODES = ["dequantize", "linear", "conv2d", "surrogate_law", "activation", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"]  # read x
+IMAGES = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"]
 WINDOWS = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d"]
 LAYERS = ["linear", "conv2d"]
 RANGES = ["add", "activation", "concat", "avg_pool2d", "adaptive_avg_pool2d"]
@@ -142,6 +143,10 @@ def cases():
     yield "conv2d", {"x": image(h=0)[0]}, [r"0, 5, 4|kernel .* is larger than the padded input", "positive|larger"]
     for size in ([], [1, 2, 3]):
         yield "adaptive_avg_pool2d", {"output_size": size}, ["output_size", re.escape(str(size)), "want one or two values"]
+        yield "upsample_nearest2d", {"scale_factor": size}, ["scale_factor", re.escape(str(size)), "want one or two values"]
+    yield "upsample_nearest2d", {"scale_factor": [2, 0]}, [r"scale_factor \(2, 0\), want positive"]
+    yield "upsample_nearest2d", {"scale_factor": [2**31]}, [r"scale_factor \[2147483648\], want at most 2147483647"]
+    yield "upsample_nearest2d", {"x": image(h=0)[0]}, [r"input \[2, 0, 5, 4\]", "want positive sizes"]
     yield "adaptive_avg_pool2d", {"output_size": [0, 2]}, [r"output_size \(0, 2\), want positive"]
 
     # strategies and predictors

@@ -76,6 +76,8 @@ def samples(batch=3):
             yield f"concat {strategy}", ops.concat, tuple([part, other] for part, other in zip(a[:3], b[:3])), options
         yield f"avg_pool2d {strategy}", ops.avg_pool2d, (*x[:3], [3, 2], [2], [1, 0, 1, 1]), options
         yield f"adaptive_avg_pool2d {strategy}", ops.adaptive_avg_pool2d, (*x[:3], [2, 3]), options
+    for factor in ([2], [3, 1]):
+        yield "upsample_nearest2d", ops.upsample_nearest2d, (*x[:3], factor, factor == [2]), {}
     yield "max_pool2d", ops.max_pool2d, (*x[:3], [3], [2], [1], [1], True), {}
 
 
@@ -191,6 +193,7 @@ class EveryOp(torch.nn.Module):
             y = ops.add(*y, *y, strategy=plain, predictor=widths)
             y = ops.activation(*y[:3], 1, strategy=plain, predictor=chosen)
             y = ops.concat([y[0], x[0]], [y[1], x[1]], [y[2], x[2]], strategy=plain, predictor=chosen)
+            y = ops.upsample_nearest2d(*y[:3], [2])
             y = ops.max_pool2d(*y[:3], [2], [1], [0], [1])
             y = ops.avg_pool2d(*y[:3], [2], [1], [0], strategy=plain, predictor=chosen)
             y = ops.adaptive_avg_pool2d(*y[:3], [1], strategy=plain, predictor=chosen)

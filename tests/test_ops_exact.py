@@ -511,6 +511,14 @@ def test_adaptive_avg_pool2d(strategy, size, batch, height, width, channels, wil
     assert_same(from_image(actual), oracle.adaptive_avg_pool2d(x, size, predictor=predictor, **options), f"adaptive_avg_pool2d {strategy} to {size}")
 
 
+@sweep(80)
+@given(factor=st.tuples(*[st.integers(1, 5)] * 2), **plain)
+def test_upsample_nearest2d(factor, batch, height, width, channels, wild, channel_stats, seed):
+    x = cases.random_codes(np.random.default_rng(seed), (batch, height, width, channels), wild)
+    actual = ops.upsample_nearest2d(*image(x)[:3], list(factor), channel_stats)
+    assert_same(from_image(actual), oracle.upsample_nearest2d(x, factor, channel_stats), f"upsample_nearest2d by {factor}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What never matters: the other samples of a batch, the threads; what always travels: NaN
 
@@ -542,6 +550,7 @@ def every_op(x: Codes, other: Codes, layer: Layer, depthwise: Layer):
         yield f"concat {number}", list(ops.concat(*pairs, strategy=number, predictor=given_range, channel_stats=True))
         yield f"avg_pool2d {number}", list(ops.avg_pool2d(*image(x)[:3], [3], [2], [1], strategy=number, predictor=given_range))
         yield f"adaptive_avg_pool2d {number}", list(ops.adaptive_avg_pool2d(*image(x)[:3], [3], strategy=number, predictor=given_range))
+    yield "upsample_nearest2d", list(ops.upsample_nearest2d(*image(x)[:3], [2, 3], True))
     yield "max_pool2d", list(ops.max_pool2d(*image(x)[:3], [3], [2], [1], [1]))
 
 

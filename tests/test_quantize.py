@@ -384,6 +384,9 @@ GRAPHS = {
     "zero pad": lambda a, b: F.pad(b, (3, 0, 0, 1)),
     "padded and read": lambda a, b: F.pad(b, (1, 1, 1, 1))[:, :, 1:-1, 1:-1] + a,
     "interpolate": lambda a, b: F.interpolate(b, scale_factor=2),
+    "interpolate to a size": lambda a, b: F.interpolate(b, (26, 39), mode="nearest-exact"),
+    "interpolate by a fraction": lambda a, b: F.interpolate(b, scale_factor=1.5) + F.interpolate(a, (19, 19)),
+    "interpolate bilinearly": lambda a, b: F.interpolate(b, scale_factor=2, mode="bilinear"),
     "slices": lambda a, b: b[:, :4] + a[:, 4:],
     "chunks": lambda a, b: torch.cat(b.chunk(2, 1)[::-1], 1),
 }
@@ -423,6 +426,13 @@ def test_convolution_paddings(padding):
 def test_zero_padding_in_front_becomes_the_convolutions():
     targets = [str(node.target) for node in quantized("yolo").graph.nodes]
     assert not [target for target in targets if "pad" in target]
+
+
+def test_no_float_island_in_a_detector():
+    """One quantize at its start; what goes back to float are its outputs and what no layer reads in 8 bits."""
+    calls = [node.target for node in quantized("yolo").graph.nodes if node.op == "call_function"]
+    assert calls.count(pq.ops.quantize.default) == 1 and calls.count(pq.ops.upsample_nearest2d.default) == 1
+    assert not [target for target in calls if str(target).startswith("aten.")]
 
 
 def test_names_of_layers_may_be_names_of_the_library():

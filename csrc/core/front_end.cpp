@@ -32,6 +32,14 @@ void write_qparams(const QuantizedOutput& y, int64_t sample, const SampleEpilogu
   y.zero_point[sample] = epilogue.y_zero_point;
 }
 
+void pass_qparams(const QuantizedInput& x, const QuantizedOutput& y, int64_t samples) {
+  for (int64_t n = 0; n < samples; ++n) {
+    const bool valid = valid_scale(x.scale[n]);
+    y.scale[n] = valid ? x.scale[n] : kNan;
+    y.zero_point[n] = valid ? clamp_zero_point(x.zero_point[n]) : 0;
+  }
+}
+
 void mark_invalid(const QuantizedOutput& y, int64_t samples, int64_t channels) {
   for (int64_t n = 0; n < samples; ++n)
     if (!valid_scale(y.scale[n])) stats_row(y, n, channels)[kStatsClipped] = -1;

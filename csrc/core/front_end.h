@@ -57,6 +57,8 @@ inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t chan
 
 /// Writes one sample's parameters; an invalid sample gets scale NaN, zero point 0.
 void write_qparams(const QuantizedOutput& y, int64_t sample, const SampleEpilogue& epilogue, QParams qparams);
+/// For an op that passes its input's codes on: their parameters.
+void pass_qparams(const QuantizedInput& x, const QuantizedOutput& y, int64_t samples);
 /// After the kernels: the clip count of invalid samples becomes -1.
 void mark_invalid(const QuantizedOutput& y, int64_t samples, int64_t channels);
 

@@ -81,11 +81,7 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
   if (s.batch == 0) return;
   const int64_t channels = s.in_channels, out_width = s.out_width(), positions = s.out_height() * out_width;
   clear_stats(y, s.batch, channels);
-  for (int64_t n = 0; n < s.batch; ++n) {
-    const bool valid = valid_scale(x.scale[n]);
-    y.scale[n] = valid ? x.scale[n] : kNan;
-    y.zero_point[n] = valid ? clamp_zero_point(x.zero_point[n]) : 0;
-  }
+  pass_qparams(x, y, s.batch);
   // the part of a kernel axis inside the input: taps [begin, end), the first at `first`
   struct Taps {
     int64_t begin, end, first;

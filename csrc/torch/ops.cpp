@@ -334,6 +334,18 @@ Quantized adaptive_avg_pool2d(const Tensor& x, const Tensor& x_scale, const Tens
   return y.release();
 }
 
+Quantized upsample_nearest2d(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point, const Ints& scale_factor, bool channel_stats) {
+  const char* op = "upsample_nearest2d";
+  check_image(op, x, check_quantized(op, "x", x, x_scale, x_zero_point));
+  const Pair factor({op, "scale_factor"}, scale_factor);
+  require(factor.height > 0 && factor.width > 0, op, ": scale_factor (", factor.height, ", ", factor.width, "), want positive");
+  Output y(empty_image(x.size(0), x.size(1), x.size(2) * factor.height, x.size(3) * factor.width, codes().uint8, x), x_scale.sizes(), x.size(1),
+           channel_stats);
+  probquant::upsample_nearest2d(x.size(0), x.size(2), x.size(3), x.size(1), factor.height, factor.width, input(x, x_scale, x_zero_point), y.pointers,
+                                stable::torch_executor());
+  return y.release();
+}
+
 const stable::RegisterAtLoad register_at_load{[] {
   const auto library = stable::Library::fragment("probquant");
   for (const char* schema : kSchemas) library.define(schema);
@@ -351,6 +363,7 @@ const stable::RegisterAtLoad register_at_load{[] {
   cpu.implement<&max_pool2d>("max_pool2d");
   cpu.implement<&avg_pool2d>("avg_pool2d");
   cpu.implement<&adaptive_avg_pool2d>("adaptive_avg_pool2d");
+  cpu.implement<&upsample_nearest2d>("upsample_nearest2d");
 }};
 
 }  // namespace

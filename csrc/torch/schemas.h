@@ -35,6 +35,7 @@ inline constexpr const char* kSchemas[] = {
     "max_pool2d(" PROBQUANT_X ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channel_stats=False)" PROBQUANT_OUT,
     "avg_pool2d(" PROBQUANT_X ", int[] kernel_size, int[] stride, int[] padding, bool count_include_pad=True, " PROBQUANT_RANGE,
     "adaptive_avg_pool2d(" PROBQUANT_X ", int[] output_size, " PROBQUANT_RANGE,
+    "upsample_nearest2d(" PROBQUANT_X ", int[] scale_factor, bool channel_stats=False)" PROBQUANT_OUT,
 };
 
 }  // namespace probquant

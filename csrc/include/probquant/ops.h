@@ -145,4 +145,9 @@ PROBQUANT_API void adaptive_average_pool2d(int64_t batch, int64_t in_height, int
                                            int64_t out_height, int64_t out_width, const QuantizedInput& x,
                                            const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
 
+/// Nearest-neighbour upsampling by whole factors: each pixel becomes a block of factor_height x factor_width equal ones.
+/// Scale and zero point pass through.
+PROBQUANT_API void upsample_nearest2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height,
+                                      int64_t factor_width, const QuantizedInput& x, const QuantizedOutput& y, const Executor& executor);
+
 }  // namespace probquant
