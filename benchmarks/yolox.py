@@ -52,7 +52,8 @@ class CSP(nn.Module):
         self.join = Conv(o, o, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.join(torch.cat([self.blocks(self.left(x)), self.right(x)], 1))
+        left, right = self.left(x), self.right(x)
+        return self.join(torch.cat([self.blocks(left), right], 1))
 
 
 class Focus(nn.Module):
