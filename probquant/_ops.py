@@ -25,6 +25,7 @@ class Strategy(enum.IntEnum):
     DYNAMIC = 2
     GAUSSIAN = 3
     GAUSSIAN_CHANNEL = 4
+    PROBE = 5
 
 
 class Activation(enum.IntEnum):

@@ -11,7 +11,8 @@ from probquant import ops
 
 SIZES = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129]  # around every tile size
 BAD_SCALES = [np.nan, np.inf, -np.inf, 0.0, -1.0]
-STRATEGIES = {"none": 0, "fixed": 1, "dynamic": 2, "gaussian": 3, "gaussian_channel": 4}
+STRATEGIES = {"none": 0, "fixed": 1, "dynamic": 2, "gaussian": 3, "gaussian_channel": 4, "probe": 5}
+LAWS = (oracle.GAUSSIAN, oracle.GAUSSIAN_CHANNEL)  # strategies that surrogate_law knows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,6 +64,11 @@ def random_predictor(rng, strategy: int, layer: Layer, spread: float, wild: bool
         if wild and rng.random() < 0.2:
             predictor[1] = rng.choice([-3, 1000])
         return oracle.f32(predictor)
+    if strategy == oracle.PROBE:
+        widths = rng.uniform(-0.3, 1.0, 2)
+        if wild and rng.random() < 0.3:
+            widths[rng.integers(2)] = rng.choice([np.nan, np.inf, -np.inf, -5.0, 1e38, 0.0])
+        return oracle.f32(widths)
     if strategy not in (oracle.GAUSSIAN, oracle.GAUSSIAN_CHANNEL):
         return oracle.f32([])
     weight = (layer.weight.astype(np.float64) * layer.weight_scale[:, None, None, None]).reshape(len(layer.weight), -1)

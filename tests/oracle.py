@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-NONE, FIXED, DYNAMIC, GAUSSIAN, GAUSSIAN_CHANNEL = range(5)
+NONE, FIXED, DYNAMIC, GAUSSIAN, GAUSSIAN_CHANNEL, PROBE = range(6)
 CLAMP, SILU, GELU, HARDSWISH, SIGMOID = range(5)
 ARGMIN = {SILU: -1.2784645, GELU: -0.7517916, HARDSWISH: -1.5}
 SMALLEST_SCALE = np.float32(2.0**-60)
@@ -158,6 +158,13 @@ def activation_range(kind: int, lo, hi, activation_min, activation_max) -> tuple
         holds = (lo < np.float32(ARGMIN[kind])) & (np.float32(ARGMIN[kind]) < hi)
         image_lo = np.where(holds, activate(kind, ARGMIN[kind]), image_lo)
     return image_lo, maximum(at_lo, at_hi)
+
+
+def activation_bounds(kind: int, activation_min, activation_max) -> tuple[np.float32, np.float32]:
+    """Image of all numbers under an activation."""
+    if kind == CLAMP:
+        return activation_min, activation_max
+    return (np.float32(0), np.float32(1)) if kind == SIGMOID else (activate(kind, ARGMIN[kind]), INFINITY)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,6 +388,34 @@ def law_range(mean, variance, predictor) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, lo.min(1), np.float32(np.nan)), np.where(finite, hi.max(1), np.float32(np.nan))
 
 
+def probed_rows(rows: int) -> np.ndarray:
+    """The positions of a sample, of `rows`, that a probe computes first."""
+    if rows < 64:
+        return np.arange(rows)
+    segments = max(2, math.ceil(rows / 256))
+    found = []
+    for i in range(segments):
+        begin, end = rows * i // segments, rows * (i + 1) // segments
+        first = begin + ((i + 1) * 2654435769 % 2**32 * (end - begin - 15) >> 32)
+        found.append(np.arange(first, first + 16))
+    return np.concatenate(found)
+
+
+@quiet
+def probe_range(y: np.ndarray, kind: int, activation_min, activation_max, predictor) -> tuple[np.ndarray, np.ndarray]:
+    """Range of the probed rows of y [N, OH, OW, O], widened unless they are all; NaN where it is not finite."""
+    n, oh, ow, channels = y.shape
+    probed = probed_rows(oh * ow)
+    lo, hi = exact_range(y.reshape(n, oh * ow, channels)[:, probed])
+    if len(probed) == oh * ow:
+        return lo, hi
+    width = hi - lo
+    lo, hi = fma(-predictor[0], width, lo), fma(predictor[1], width, hi)
+    finite = np.isfinite(lo) & np.isfinite(hi)
+    least, largest = activation_bounds(kind, activation_min, activation_max)
+    return np.where(finite, clamp(lo, least, largest), np.float32(np.nan)), clamp(hi, least, largest)
+
+
 @quiet
 def layer(
     x: Codes, weights: Layer, residual: Codes | None = None, activation: int = CLAMP, activation_min=None, activation_max=None,
@@ -405,6 +440,8 @@ def layer(
         s, z = fixed_parameters(predictor, len(x.q))
     elif strategy == DYNAMIC:
         s, z = parameters(*exact_range(y))
+    elif strategy == PROBE:
+        s, z = parameters(*probe_range(y, activation, amin, amax, predictor))
     else:
         lo, hi = law_range(*law(x, weights, residual, strategy, predictor, gamma), predictor)
         finite = np.isfinite(lo) & np.isfinite(hi)

@@ -34,7 +34,7 @@ def random_geometry(rng, kernel_limit=5) -> tuple[Geometry, int, int]:
 def layer_calls(rng, count):
     for index in range(count):
         kind = rng.choice(["conv2d", "depthwise", "pointwise", "rows"])
-        strategy, wild = int(rng.integers(5)), bool(rng.random() < 0.2)
+        strategy, wild = int(rng.integers(len(cases.STRATEGIES))), bool(rng.random() < 0.2)
         geometry, height, width = random_geometry(rng)
         inputs, outputs, batch = int(rng.choice(cases.SIZES)), int(rng.choice(cases.SIZES)), int(rng.integers(1, 4))
         if kind == "conv2d":
@@ -54,7 +54,7 @@ def layer_calls(rng, count):
         options.update(strategy=strategy, gamma=int(rng.integers(5)), channel_stats=bool(rng.integers(2)))
         outputs = cases.run_conv2d(x, layer, residual, predictor, **options)
         yield f"{index} {kind} {x.q.shape} {geometry} {options}", outputs if isinstance(outputs, tuple) else (outputs,)
-        if strategy >= oracle.GAUSSIAN:
+        if strategy in cases.LAWS:
             arguments = (*cases.image(x), len(layer.weight), *cases.geometry_arguments(geometry), geometry.groups, *(cases.image(residual) if residual else ()))
             law = ops.surrogate_law(*arguments, strategy=strategy, predictor=torch.from_numpy(predictor), gamma=options["gamma"])
             yield f"{index} surrogate_law {kind}", (law.numpy(),)

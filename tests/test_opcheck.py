@@ -62,7 +62,7 @@ def samples(batch=3):
             residual = cases.image(cases.random_codes(rng, (batch, *g.out_size(7, 6), channels)))
             yield f"{name} {strategy}", ops.conv2d, arguments, {**options, "activation": 1, "channel_stats": True}
             yield f"{name} {strategy} with a residual", ops.conv2d, (*arguments, *residual), {**options, "activation_min": 0.0}
-            if strategy >= oracle.GAUSSIAN:
+            if strategy in cases.LAWS:
                 yield f"surrogate_law {name} {strategy}", ops.surrogate_law, (*arguments[:4], *arguments[5:]), options
         options = {"strategy": strategy, "predictor": predictor(strategy, linear)}
         for rows in (tokens, per_token, [part.flatten(0, 1) for part in per_token]):
@@ -171,7 +171,7 @@ class EveryOp(torch.nn.Module):
             self.register_buffer(f"weight{i}", torch.from_numpy(layer.weight))
             self.register_buffer(f"scale{i}", torch.from_numpy(layer.weight_scale))
             self.register_buffer(f"packed{i}", cases.packed(layer))
-            for strategy in (1, 3, 4):
+            for strategy in (1, 3, 4, 5):
                 self.register_buffer(f"predictor{i}_{strategy}", predictor(strategy, layer))
         self.register_buffer("widths", torch.tensor([4.0, 4.0, 0.5]))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from op_cases import SIZES, STRATEGIES, assert_same, assert_same_array, from_image, from_rows, image, misaligned, packed, predictor_tensor, rows, run_conv2d
 from oracle import Codes, Geometry, Layer
 
-from probquant import ops
+from probquant import _native, ops
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"identity": {}, "relu": {"activation_min": 0.0}, "relu6": {"activation_min": 0.0, "activation_max": 6.0}, "clamp": {"activation_min": -1.5, "activation_max": 0.75}, "above_zero": {"activation_min": 0.5, "activation_max": 3.0}, "silu": {"activation": 1}, "gelu": {"activation": 2}, "hardswish": {"activation": 3}, "sigmoid": {"activation": 4}}  # fmt: skip
@@ -334,6 +334,29 @@ def test_large_kernels_and_single_fields(strategy, kernel, height, width):
             for groups, inputs in ((1, 3), (4, 1)):
                 arguments = (strategy, geometry._replace(groups=groups), 2, height, width, inputs, 6, "relu", False, True, False, False, 1, False, 7)
                 check_conv2d(*arguments)
+
+
+@pytest.mark.parametrize("height, width, stride", [(7, 9, 1), (8, 8, 1), (23, 40, 1), (64, 64, 1), (31, 129, 2)])
+@pytest.mark.parametrize("activation", ["identity", "relu6", "silu", "sigmoid"])
+def test_probe_of_many_positions(activation, height, width, stride):
+    """A few segments, many, rows that end with a segment; more samples than the workspace holds at once."""
+    for groups, inputs, outputs in ((1, 5, 24), (6, 1, 1)):
+        geometry = Geometry((3, 3), (stride, stride), (1, 1, 1, 1), (1, 1), groups)
+        for residual, wild in ((False, False), (True, True)):
+            check_conv2d("probe", geometry, 3, height, width, inputs, outputs, activation, residual, True, wild, True, 0, False, 11)
+
+
+def test_probed_rows():
+    for rows in (0, 1, 63, 64, 65, 255, 256, 512, 513, 4096, 12544, 999_983):
+        spans = _native.probe_rows(rows)
+        assert np.concatenate([np.arange(*span) for span in spans]).tolist() == oracle.probed_rows(rows).tolist()
+        probed = sum(end - begin for begin, end in spans)
+        assert probed == rows if rows < 64 else max(32, rows / 16) <= probed < rows / 16 + 32
+        assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:])) and spans[-1][1] <= rows
+    columns = {begin % 64 for begin, _ in _native.probe_rows(64 * 64)}
+    assert len(columns) > 12, "segments line up with the columns of an image"
+    with pytest.raises(RuntimeError, match="probe_rows: rows -1, want >= 0"):
+        _native.probe_rows(-1)
 
 
 def test_values_far_beyond_int32_saturate():

@@ -1,9 +1,11 @@
 // Convolution and linear layers: validate, predict every sample's range, then run the row kernel of the selected ISA over
-// the executor's threads. The kernel's epilogue writes 8 bits at once; only the dynamic strategy needs a second pass.
+// the executor's threads. The kernel's epilogue writes 8 bits at once; the dynamic strategy holds all of the output in 32
+// bits first, the probe a sixteenth of it.
 #include <algorithm>
 #include <vector>
 
 #include "front_end.h"
+#include "probe.h"
 
 namespace probquant {
 namespace {
@@ -23,6 +25,7 @@ void check_arguments(const Conv2dShape& s, const LayerArguments& a) {
   const int64_t wanted = a.strategy == Strategy::fixed              ? 2
                          : a.strategy == Strategy::gaussian         ? kGaussianPredictorSize
                          : a.strategy == Strategy::gaussian_channel ? gaussian_channel_predictor_size(s.out_channels)
+                         : a.strategy == Strategy::probe            ? kProbePredictorSize
                                                                     : 0;
   check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
   if (!is_gaussian(a.strategy)) return;
@@ -110,59 +113,126 @@ QParams predict(const Conv2dShape& s, const LayerArguments& a, int64_t sample, c
 // ---------------------------------------------------------------------------------------------------------------------
 // Running a row kernel
 
-/// Splits rows [row_begin, row_end) and, when rows are few, the blocks of output channels over the threads.
-void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int64_t row_end, const Executor& executor) {
-  constexpr int64_t kRowsPerTask = 48;  // a few register tiles: below that, splitting channels costs less than splitting rows
+/// Calls body(task, channel_begin, channel_end) for every task, over the threads; with fewer tasks than threads, the blocks
+/// of output channels are split, too.
+template <class Body>
+void run_tasks(const LayerProblem& p, int64_t tasks, const Executor& executor, Body body) {
+  if (tasks <= 0) return;
   const PackedLayout& layout = p.layout;
-  const int64_t rows = row_end - row_begin, blocks = (layout.depthwise ? 1 : layout.groups) * layout.group_blocks;
-  const int64_t row_tasks = std::max<int64_t>(1, std::min<int64_t>(executor.threads, rows / kRowsPerTask));
-  const int64_t block_tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, executor.threads / row_tasks));
+  const int64_t blocks = (layout.depthwise ? 1 : layout.groups) * layout.group_blocks;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, executor.threads / tasks));
   const auto first_channel = [&](int64_t block) {
     return std::min(p.shape.out_channels,
                     block / layout.group_blocks * layout.group_channels + block % layout.group_blocks * kBlockChannels);
   };
-  parallel_for(executor, row_tasks * block_tasks, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / block_tasks, j = task % block_tasks;
-      kernel(p, {row_begin + rows * i / row_tasks, row_begin + rows * (i + 1) / row_tasks, first_channel(blocks * j / block_tasks),
-                 first_channel(blocks * (j + 1) / block_tasks)});
-    }
+  parallel_for(executor, tasks * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i / parts, first_channel(blocks * (i % parts) / parts), first_channel(blocks * (i % parts + 1) / parts));
   });
 }
 
-/// Samples whose 32-bit output the dynamic strategy holds at once: what fits in about 1 MiB, at least one.
-int64_t dynamic_chunk(const Conv2dShape& s) {
-  const int64_t sample_bytes = 4 * s.out_height() * s.out_width() * s.out_channels;
+/// A kernel over rows [row_begin, row_end).
+void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int64_t row_end, const Executor& executor) {
+  constexpr int64_t kRowsPerTask = 48;  // a few register tiles: below that, splitting channels costs less than splitting rows
+  const int64_t rows = row_end - row_begin, tasks = std::max<int64_t>(1, std::min<int64_t>(executor.threads, rows / kRowsPerTask));
+  run_tasks(p, tasks, executor, [&](int64_t i, int64_t channel_begin, int64_t channel_end) {
+    kernel(p, {row_begin + rows * i / tasks, row_begin + rows * (i + 1) / tasks, channel_begin, channel_end});
+  });
+}
+
+/// Rows of a sample whose 32-bit output is held until the sample's range is known.
+int64_t held_rows(const Conv2dShape& s, Strategy strategy) {
+  const int64_t rows = s.out_height() * s.out_width();
+  return strategy == Strategy::dynamic ? rows : strategy == Strategy::probe ? probe_segments(rows) * probe_segment_rows(rows) : 0;
+}
+
+/// Samples whose 32-bit output is held at once: what fits in about 1 MiB, at least one.
+int64_t held_samples(const Conv2dShape& s, Strategy strategy) {
+  const int64_t sample_bytes = 4 * held_rows(s, strategy) * s.out_channels;
   return std::max<int64_t>(1, std::min<int64_t>(s.batch, (int64_t{1} << 20) / std::max<int64_t>(1, sample_bytes)));
 }
 
-/// Workspace of the dynamic strategy: accumulators of a chunk, then its ranges.
-void run_dynamic(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
-  const int64_t chunk = dynamic_chunk(p.shape), rows = p.rows_per_sample, channels = p.shape.out_channels;
+/// Runs as many samples at a time as the workspace holds (accumulators of a chunk, then its ranges): accumulate(begin, end,
+/// accumulators) finds the ranges of samples [begin, end), parameters(lo, hi) makes an output's parameters of one, and
+/// finish(begin, end, accumulators) writes the output.
+template <class Accumulate, class Parameters, class Finish>
+void run_held(LayerProblem& p, const LayerArguments& a, std::vector<SampleEpilogue>& samples, Accumulate accumulate, Parameters parameters,
+              Finish finish) {
+  const int64_t chunk = held_samples(p.shape, a.strategy);
   auto* accumulators = static_cast<int32_t*>(a.workspace);
-  auto* range = reinterpret_cast<float*>(accumulators + chunk * rows * channels);
+  auto* range = reinterpret_cast<float*>(accumulators + chunk * held_rows(p.shape, a.strategy) * p.shape.out_channels);
   for (int64_t begin = 0; begin < p.shape.batch; begin += chunk) {
     const int64_t end = std::min(p.shape.batch, begin + chunk);
-    p.accumulators = accumulators - begin * rows * channels;  // kernels index by absolute row and sample
-    p.range = range - 2 * begin;
+    p.range = range - 2 * begin;  // kernels index by absolute sample
     for (int64_t n = begin; n < end; ++n) p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
-    run_rows(p, run.accumulate, begin * rows, end * rows, executor);
+    accumulate(begin, end, accumulators);
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)];
-      const QParams y = qparams_from_range(p.range[2 * n], p.range[2 * n + 1]);
+      const QParams y = parameters(p.range[2 * n], p.range[2 * n + 1]);
       set_output(e, y, a.activation_min, a.activation_max);
       write_qparams(a.y, n, e, y);
     }
-    run_rows(p, kernels().layer_requantize, begin * rows, end * rows, executor);
+    finish(begin, end, accumulators);
   }
+}
+
+void run_dynamic(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
+  const int64_t rows = p.rows_per_sample;
+  run_held(
+      p, a, samples,
+      [&](int64_t begin, int64_t end, int32_t* accumulators) {
+        p.accumulators = accumulators - begin * rows * p.shape.out_channels;  // kernels index by absolute row
+        run_rows(p, run.accumulate, begin * rows, end * rows, executor);
+      },
+      qparams_from_range, [&](int64_t begin, int64_t end, int32_t*) { run_rows(p, kernels().layer_requantize, begin * rows, end * rows, executor); });
+}
+
+/// Segments of rows first, in 32 bits; then, with the range known, these are requantized and the rows between them computed.
+void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
+  const int64_t rows = p.rows_per_sample, segments = probe_segments(rows), segment_rows = probe_segment_rows(rows);
+  /// Visits the segments of samples [begin, end): visit(problem whose accumulators hold the segment, first row of its
+  /// sample, segment, index, channels).
+  const auto for_each_segment = [&](int64_t begin, int64_t end, int32_t* accumulators, auto visit) {
+    run_tasks(p, (end - begin) * segments, executor, [&](int64_t i, int64_t channel_begin, int64_t channel_end) {
+      const int64_t first = (begin + i / segments) * rows;
+      const RowSpan span = probe_segment(rows, i % segments);
+      LayerProblem part = p;
+      part.accumulators = accumulators + (i * segment_rows - (first + span.begin)) * p.shape.out_channels;
+      visit(part, first, span, i % segments, channel_begin, channel_end);
+    });
+  };
+  run_held(
+      p, a, samples,
+      [&](int64_t begin, int64_t end, int32_t* accumulators) {
+        for_each_segment(begin, end, accumulators, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t, int64_t c0, int64_t c1) {
+          run.accumulate(part, {first + span.begin, first + span.end, c0, c1});
+        });
+      },
+      [&](float lo, float hi) {
+        return probe_qparams(lo, hi, probes_whole(rows), a.predictor, a.activation, a.activation_min, a.activation_max);
+      },
+      [&](int64_t begin, int64_t end, int32_t* accumulators) {
+        for_each_segment(begin, end, accumulators, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t i, int64_t c0, int64_t c1) {
+          const int64_t before = i == 0 ? 0 : probe_segment(rows, i - 1).end;
+          if (before < span.begin) run.quantized(part, {first + before, first + span.begin, c0, c1});
+          kernels().layer_requantize(part, {first + span.begin, first + span.end, c0, c1});
+          if (i + 1 == segments && span.end < rows) run.quantized(part, {first + span.end, first + rows, c0, c1});
+        });
+      });
 }
 
 }  // namespace
 
 int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy) {
-  if (strategy != Strategy::dynamic) return 0;
+  if (strategy != Strategy::dynamic && strategy != Strategy::probe) return 0;
   check_shape(shape);
-  return dynamic_chunk(shape) * (4 * shape.out_height() * shape.out_width() * shape.out_channels + 2 * static_cast<int64_t>(sizeof(float)));
+  return held_samples(shape, strategy) * (4 * held_rows(shape, strategy) * shape.out_channels + 2 * static_cast<int64_t>(sizeof(float)));
+}
+
+std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows) {
+  require(rows >= 0, "probe_rows: rows ", rows, ", want >= 0");
+  std::vector<std::pair<int64_t, int64_t>> spans;
+  for (int64_t i = 0; i < probe_segments(rows); ++i) spans.emplace_back(probe_segment(rows, i).begin, probe_segment(rows, i).end);
+  return spans;
 }
 
 void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& executor) {
@@ -194,7 +264,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
     std::vector<FieldMoments> fields;
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)] = epilogue_inputs(a, n);
-      if (a.strategy == Strategy::none || a.strategy == Strategy::dynamic) continue;
+      if (a.strategy != Strategy::fixed && !is_gaussian(a.strategy)) continue;
       const QParams y = a.strategy == Strategy::fixed ? fixed_qparams(a.predictor)
                         : e.valid                     ? predict(shape, a, n, e, sums, fields)
                                                       : QParams{kNan, 0};
@@ -214,9 +284,11 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
     return;
   }
   clear_stats(a.y, shape.batch, shape.out_channels);
+  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy) == 0, "conv2d: the dynamic strategy and the probe need a workspace");
   if (a.strategy == Strategy::dynamic) {
-    require(a.workspace != nullptr, "conv2d: the dynamic strategy needs a workspace");
     run_dynamic(p, run, a, samples, executor);
+  } else if (a.strategy == Strategy::probe) {
+    run_probe(p, run, a, samples, executor);
   } else {
     run_rows(p, run.quantized, 0, rows, executor);
   }

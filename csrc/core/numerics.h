@@ -109,6 +109,11 @@ PROBQUANT_HOST_DEVICE inline float activate(Activation kind, float x) {
   return x;
 }
 
+/// Where silu, gelu and hardswish have their minimum.
+PROBQUANT_HOST_DEVICE inline float activation_argmin(Activation kind) {
+  return kind == Activation::silu ? -1.2784645f : kind == Activation::gelu ? -0.7517916f : -1.5f;
+}
+
 /// Image of [lo, hi] under an activation; exact for clamp, and for the curved ones by their single minimum.
 PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activation_min, float activation_max, float& lo, float& hi) {
   if (!is_finite(lo) || !is_finite(hi)) return;  // stays invalid
@@ -118,10 +123,16 @@ PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activa
     return;
   }
   const float at_lo = activate(kind, lo), at_hi = activate(kind, hi);
-  const float argmin = kind == Activation::silu ? -1.2784645f : kind == Activation::gelu ? -0.7517916f : -1.5f;
+  const float argmin = activation_argmin(kind);
   const bool dips = kind != Activation::sigmoid && lo < argmin && argmin < hi;
   lo = dips ? activate(kind, argmin) : min_f(at_lo, at_hi);
   hi = max_f(at_lo, at_hi);
+}
+
+/// Image of all numbers under an activation.
+PROBQUANT_HOST_DEVICE inline void activation_bounds(Activation kind, float activation_min, float activation_max, float& least, float& largest) {
+  least = kind == Activation::clamp ? activation_min : kind == Activation::sigmoid ? 0.0f : activate(kind, activation_argmin(kind));
+  largest = kind == Activation::clamp ? activation_max : kind == Activation::sigmoid ? 1.0f : kInfinity;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -47,4 +47,6 @@ PYBIND11_MODULE(_native, module) {
       },
       py::arg("out_channels"), py::arg("kernel_height"), py::arg("kernel_width"), py::arg("in_channels_per_group"), py::arg("groups"),
       "Bytes that torch.ops.probquant.pack_weight returns for a weight of these sizes.");
+  module.def("probe_rows", &probquant::probe_rows, py::arg("rows"),
+             "Output positions [(begin, end), ...] of a sample that the probe strategy computes first, out of `rows`.");
 }

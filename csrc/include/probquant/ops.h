@@ -4,6 +4,9 @@
 #pragma once
 #include <probquant/types.h>
 
+#include <utility>
+#include <vector>
+
 namespace probquant {
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +66,13 @@ struct LayerArguments {
 /// y = activation(conv2d(x, w) + b + residual). One scale per image.
 PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, const Executor& executor);
 
-/// Only the dynamic strategy needs any: it holds the whole output in 32 bits until its range is known.
+/// What is held in 32 bits until the range is known: with the dynamic strategy the whole output, with the probe the rows
+/// that are computed first; of a few samples at a time. The other strategies need none.
 PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy);
+
+/// Rows (output positions of a sample, row-major) that Strategy::probe computes first, out of `rows`: disjoint ranges
+/// [begin, end) in order.
+PROBQUANT_API std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows);
 
 /// A linear layer on [samples, rows, in_features] -> [samples, rows, out_features]; rows share their sample's scale
 /// (rows = 1: one scale per token). It is conv2d with a 1x1 kernel on a height of 1.

@@ -35,8 +35,9 @@ enum class DType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 ///   dynamic           exact minimum and maximum of the finished output, per sample; predictor []
 ///   gaussian          one law for all weights; predictor [alpha, beta, rho, mean_w, var_w, mean_b, var_b]
 ///   gaussian_channel  one law per output channel; predictor [alpha, beta, rho, mean_w[O], var_w[O], bias[O]]
-/// The last two are the probabilistic strategy (arXiv 2505.10689): the range is predicted from the layer's input.
-enum class Strategy : int32_t { none = 0, fixed = 1, dynamic = 2, gaussian = 3, gaussian_channel = 4 };
+///   probe             exact range of a sixteenth of the positions, computed first, widened; predictor [below, above]
+/// The gaussian ones are the probabilistic strategy of arXiv 2505.10689: the range is predicted from the layer's input.
+enum class Strategy : int32_t { none = 0, fixed = 1, dynamic = 2, gaussian = 3, gaussian_channel = 4, probe = 5 };
 
 /// Function fused behind a layer. `clamp` covers the identity, ReLU and ReLU6 through its bounds; the others are
 /// evaluated in float before the one rounding.
