@@ -26,6 +26,7 @@ class Strategy(enum.IntEnum):
     GAUSSIAN = 3
     GAUSSIAN_CHANNEL = 4
     PROBE = 5
+    CHANNEL = 6
 
 
 class Activation(enum.IntEnum):
@@ -145,7 +146,8 @@ def _(
     x, x_scale, x_zero_point, x_stats, out_channels, kernel_size, stride, padding, dilation, groups,
     residual=None, residual_scale=None, residual_zero_point=None, residual_stats=None, *, strategy, predictor, gamma,
 ):  # fmt: skip
-    laws = out_channels if strategy == Strategy.GAUSSIAN_CHANNEL else 1
+    depthwise = groups > 1 and x.shape[1] == groups
+    laws = out_channels if strategy == Strategy.GAUSSIAN_CHANNEL or (strategy == Strategy.CHANNEL and depthwise) else 1
     return x.new_empty([x.shape[0], laws, 2], dtype=torch.float32)
 
 

@@ -11,8 +11,8 @@ from probquant import ops
 
 SIZES = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129]  # around every tile size
 BAD_SCALES = [np.nan, np.inf, -np.inf, 0.0, -1.0]
-STRATEGIES = {"none": 0, "fixed": 1, "dynamic": 2, "gaussian": 3, "gaussian_channel": 4, "probe": 5}
-LAWS = (oracle.GAUSSIAN, oracle.GAUSSIAN_CHANNEL)  # strategies that surrogate_law knows
+STRATEGIES = {"none": 0, "fixed": 1, "dynamic": 2, "gaussian": 3, "gaussian_channel": 4, "probe": 5, "channel": 6}
+LAWS = (oracle.GAUSSIAN, oracle.GAUSSIAN_CHANNEL, oracle.CHANNEL)  # strategies that surrogate_law knows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,15 +69,21 @@ def random_predictor(rng, strategy: int, layer: Layer, spread: float, wild: bool
         if wild and rng.random() < 0.3:
             widths[rng.integers(2)] = rng.choice([np.nan, np.inf, -np.inf, -5.0, 1e38, 0.0])
         return oracle.f32(widths)
-    if strategy not in (oracle.GAUSSIAN, oracle.GAUSSIAN_CHANNEL):
+    if strategy not in LAWS:
         return oracle.f32([])
     weight = (layer.weight.astype(np.float64) * layer.weight_scale[:, None, None, None]).reshape(len(layer.weight), -1)
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.astype(np.float64)
     head = [rng.uniform(0.5, 8), rng.uniform(0.5, 8), rng.uniform(-1, 1)]
     if strategy == oracle.GAUSSIAN:
         predictor = np.array([*head, weight.mean(), weight.var(), bias.mean(), bias.var()])
-    else:
+    elif strategy == oracle.GAUSSIAN_CHANNEL:
         predictor = np.concatenate([head, weight.mean(1), weight.var(1), bias])
+    elif layer.geometry.groups > 1 and layer.weight.shape[3] == 1:
+        predictor = np.concatenate([head, weight.sum(1), (weight**2).sum(1), bias])
+    else:
+        channels = layer.weight.shape[3] * layer.geometry.groups
+        laws = rng.normal(0, 0.1, channels), rng.uniform(0, 0.1, channels)
+        predictor = np.concatenate([head, [bias.mean(), bias.var()], rng.uniform(0.2, 3, 2), *laws])
     if wild and rng.random() < 0.3:
         predictor[rng.integers(len(predictor))] = rng.choice([np.nan, np.inf, -np.inf, -5.0, 1e38, 0.0])
     return oracle.f32(predictor)

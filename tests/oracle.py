@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-NONE, FIXED, DYNAMIC, GAUSSIAN, GAUSSIAN_CHANNEL, PROBE = range(6)
+NONE, FIXED, DYNAMIC, GAUSSIAN, GAUSSIAN_CHANNEL, PROBE, CHANNEL = range(7)
 CLAMP, SILU, GELU, HARDSWISH, SIGMOID = range(5)
 ARGMIN = {SILU: -1.2784645, GELU: -0.7517916, HARDSWISH: -1.5}
 SMALLEST_SCALE = np.float32(2.0**-60)
@@ -351,9 +351,42 @@ def add_laws(mean_a, variance_a, mean_b, variance_b, rho) -> tuple[np.ndarray, n
     return mean_a + mean_b, maximum(variance, 0)
 
 
+def interleaved_sum(terms: np.ndarray) -> np.ndarray:
+    """Sum over the last axis in eight interleaved sums, each in order, which are then added in halves."""
+    lanes = [np.zeros(terms.shape[:-1]) for _ in range(8)]
+    for c in range(terms.shape[-1]):
+        lanes[c % 8] = lanes[c % 8] + terms[..., c]
+    for half in (4, 2, 1):
+        lanes = [lanes[i] + lanes[i + half] for i in range(half)]
+    return lanes[0]
+
+
 @quiet
-def law(x: Codes, layer: Layer, residual: Codes | None, strategy: int, predictor: np.ndarray, gamma: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the layer's pre-activations, float32 [N, L]."""
+def channel_law(x: Codes, layer: Layer, predictor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of strategy channel, without the residual: float32 [N, 1], or [N, O] of a depthwise layer."""
+    channels, groups, out_channels = x.q.shape[-1], layer.geometry.groups, len(layer.weight)
+    n, z = math.prod(x.q.shape[1:-1]), clamped_zero_point(x.zero_point)[:, None]
+    total, squares = x.stats[:, 3 : 3 + channels], x.stats[:, 3 + channels :]
+    t1 = (total - n * z).astype(np.float64)
+    t2 = (squares - 2 * z * total + n * z * z).astype(np.float64)
+    variance = np.maximum(float(n) * t2 - t1 * t1, 0.0)
+    s = nan_where_invalid(x.scale)[:, None]
+    if groups > 1 and channels == groups:
+        mean_w, square_w, bias = predictor[3:].reshape(3, out_channels)
+        t1, variance = (np.repeat(part, out_channels // groups, 1) for part in (t1, variance))
+        return fma(mean_w, s * f32(t1 / n), bias), square_w * ((s * s) * f32(variance / (float(n) * n)))
+    mean_b, var_b, within, between = predictor[3:7]
+    mean_w, square_w = predictor[7:].reshape(2, channels).astype(np.float64)
+    spread = square_w - mean_w * mean_w * (1.0 / math.prod(layer.geometry.kernel))
+    spread = np.where(spread > 0, spread, 0.0)
+    sums = [interleaved_sum(part)[:, None] for part in (mean_w * t1, square_w * variance, spread * (t1 * t1))]
+    inner, outer = ((s * s) * f32(part / (float(n) * n)) for part in sums[1:])
+    return fma(s, f32(sums[0] / n), mean_b), fma(within, inner, fma(between, outer, var_b))
+
+
+@quiet
+def gaussian_laws(x: Codes, layer: Layer, strategy: int, predictor: np.ndarray, gamma: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the gaussian strategies, without the residual: float32 [N, L]."""
     out_channels, groups = len(layer.weight), layer.geometry.groups
     s1, s2, v1 = field_moments(x, layer, gamma, strategy == GAUSSIAN_CHANNEL)
     if strategy == GAUSSIAN_CHANNEL:
@@ -364,7 +397,13 @@ def law(x: Codes, layer: Layer, residual: Codes | None, strategy: int, predictor
     else:
         mean_w, var_w, mean_b, var_b = (predictor[3 + i] for i in range(4))
     mean = fma(mean_w, s1, mean_b)
-    variance = fma(mean_w * mean_w, v1, fma(var_w, s2, var_b))
+    return mean, fma(mean_w * mean_w, v1, fma(var_w, s2, var_b))
+
+
+@quiet
+def law(x: Codes, layer: Layer, residual: Codes | None, strategy: int, predictor: np.ndarray, gamma: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the layer's pre-activations, float32 [N, L]."""
+    mean, variance = channel_law(x, layer, predictor) if strategy == CHANNEL else gaussian_laws(x, layer, strategy, predictor, gamma)
     if residual is not None:
         mean_r, variance_r = (part[:, None] for part in law_of_stats(residual))
         mean, variance = add_laws(mean, variance, mean_r, variance_r, predictor[2])

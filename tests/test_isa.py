@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import op_cases as cases
-import oracle
 import pytest
 import torch
 from oracle import Geometry
@@ -45,7 +44,7 @@ def layer_calls(rng, count):
         else:
             geometry = Geometry(stride=(1, 1) if kind == "rows" else geometry.stride)
             batch, height, width = (int(rng.choice(cases.SIZES)), 1, 1) if kind == "rows" else (batch, height, width)
-        x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild)
+        x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild, strategy == cases.STRATEGIES["channel"])
         layer = cases.random_layer(rng, outputs * geometry.groups, inputs, geometry, bool(rng.integers(2)))
         options = dict(ACTIVATIONS[rng.integers(len(ACTIVATIONS))])
         shape = (batch, *geometry.out_size(height, width), outputs * geometry.groups)

@@ -151,15 +151,16 @@ def cases():
 
     # strategies and predictors
     for op in (*LAYERS, *RANGES, "surrogate_law"):
-        for strategy in (-1, 6, 2**40):
+        for strategy in (-1, 7, 2**40):
             yield op, {"strategy": strategy}, [f"strategy {strategy}", "want 0 .none."]
         yield op, {"strategy": 1, "predictor": torch.ones(2, dtype=torch.float64)}, ["predictor has dtype float64, want float32"]
         yield op, {"strategy": 1, "predictor": torch.ones(2, 1)}, [r"predictor has shape \[2, 1\], want"]
         yield op, {"strategy": 1, "predictor": torch.ones(4)[::2]}, ["predictor", "contiguous"]
     for op in LAYERS:
-        for strategy, good in ((0, 0), (1, 2), (2, 0), (3, 7), (4, 3 + 3 * 8), (5, 2)):
+        for strategy, good in ((0, 0), (1, 2), (2, 0), (3, 7), (4, 3 + 3 * 8), (5, 2), (6, 3 + 4 + 2 * (6 if op == "linear" else 4))):
             for size in {0, 2, 3, 7, 8, 27, 30} - {good}:
                 yield op, {"strategy": strategy, "predictor": torch.ones(size) if size else None}, [f"predictor has {size} values, strategy {strategy} wants {good}"]
+        yield op, {"strategy": 6, "predictor": torch.ones(19 if op == "linear" else 15)}, ["strategy 6 needs x.stats with channel moments, (11|15) columns, got 3"]
         for strategy in (3, 4):
             predictor = torch.ones(7 if strategy == 3 else 27)
             yield op, {"strategy": strategy, "predictor": predictor, "gamma": -1}, ["gamma -1, want >= 0"]
@@ -167,10 +168,10 @@ def cases():
         for strategy, good in ((1, 2), (2, 0), (3, 3 if op == "add" else 0)):
             for size in {0, 1, 2, 3, 7} - {good}:
                 yield op, {"strategy": strategy, "predictor": torch.ones(size) if size else None}, [f"predictor has {size} values, strategy {strategy} wants {good}"]
-        for strategy in (0, 4, 5):
+        for strategy in (0, 4, 5, 6):
             yield op, {"strategy": strategy}, [f"strategy {strategy}, want fixed, dynamic or gaussian"]
     for strategy in (0, 1, 2, 5):
-        yield "surrogate_law", {"strategy": strategy}, [f"strategy {strategy} has no law, want gaussian or gaussian_channel"]
+        yield "surrogate_law", {"strategy": strategy}, [f"strategy {strategy} has no law, want gaussian, gaussian_channel or channel"]
     for strategy, size, good in ((3, 6, 7), (4, 7, 27)):
         yield "surrogate_law", {"strategy": strategy, "predictor": torch.ones(size)}, [f"predictor has {size} values, strategy {strategy} wants {good}"]
     yield "surrogate_law", {"gamma": -3}, ["gamma -3, want >= 0"]

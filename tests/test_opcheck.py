@@ -5,7 +5,6 @@ import warnings
 
 import numpy as np
 import op_cases as cases
-import oracle
 import pytest
 import torch
 from oracle import Geometry
@@ -32,10 +31,10 @@ def predictor(strategy, layer, seed=1):
 def samples(batch=3):
     """(name, op, arguments, keyword arguments) of every op in every strategy, on images and on rows."""
     rng = np.random.default_rng(batch)
-    codes = cases.random_codes(rng, (batch, 7, 6, 6))
+    codes = cases.random_codes(rng, (batch, 7, 6, 6), channel_stats=True)
     x, y = cases.image(codes), cases.image(cases.random_codes(rng, (batch, 7, 6, 6)))
     tokens = cases.rows(codes, [batch], [batch, 42, 6])
-    flat = cases.random_codes(rng, (batch * 4, 1, 1, 6))
+    flat = cases.random_codes(rng, (batch * 4, 1, 1, 6), channel_stats=True)
     per_token = cases.rows(flat, [batch, 4], [batch, 4, 6])
     values = torch.from_numpy(rng.normal(0, 1, (batch, 6, 7, 5)).astype(np.float32))
     given = (torch.tensor([0.01]), torch.tensor([7], dtype=torch.int32))
@@ -171,12 +170,12 @@ class EveryOp(torch.nn.Module):
             self.register_buffer(f"weight{i}", torch.from_numpy(layer.weight))
             self.register_buffer(f"scale{i}", torch.from_numpy(layer.weight_scale))
             self.register_buffer(f"packed{i}", cases.packed(layer))
-            for strategy in (1, 3, 4, 5):
+            for strategy in (1, 3, 4, 5, 6):
                 self.register_buffer(f"predictor{i}_{strategy}", predictor(strategy, layer))
         self.register_buffer("widths", torch.tensor([4.0, 4.0, 0.5]))
 
     def forward(self, image):
-        x = ops.quantize(image)
+        x = ops.quantize(image, channel_stats=True)
         results = []
         for strategy in STRATEGIES:
             outputs = []
@@ -198,7 +197,7 @@ class EveryOp(torch.nn.Module):
             y = ops.avg_pool2d(*y[:3], [2], [1], [0], strategy=plain, predictor=chosen)
             y = ops.adaptive_avg_pool2d(*y[:3], [1], strategy=plain, predictor=chosen)
             results.append(ops.dequantize(*y[:3]))
-            tokens = ops.quantize(image.flatten(2).transpose(1, 2).contiguous(), 2)
+            tokens = ops.quantize(image.flatten(2).transpose(1, 2).contiguous(), 2, channel_stats=True)
             z = ops.linear(*tokens, self.packed2, 5, strategy=strategy, predictor=getattr(self, f"predictor2_{strategy}", None))
             results += [ops.dequantize(*z[:3]), ops.moments(z[0], 2)]
         law = ops.surrogate_law(*x, *self.geometries[0], strategy=3, predictor=self.predictor0_3, gamma=1)

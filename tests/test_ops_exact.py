@@ -227,7 +227,7 @@ def test_linear(strategy, sizes, layout, activation, residual, bias, wild, chann
         leading, shape = [outer, 1], [outer, 1, inner]
     samples = math.prod(leading)
     per_sample = inner if layout in ("images", "four dimensions") else 1
-    x = cases.random_codes(rng, (samples, 1, per_sample, k), wild, input_channel_stats)
+    x = cases.random_codes(rng, (samples, 1, per_sample, k), wild, input_channel_stats or strategy == "channel")
     layer = cases.random_layer(rng, n, k, bias=bias)
     shortcut = cases.random_codes(rng, (samples, 1, per_sample, n), wild, channel_stats) if residual and "activation" not in options else None
     number = STRATEGIES[strategy]
@@ -249,7 +249,7 @@ def test_linear(strategy, sizes, layout, activation, residual, bias, wild, chann
 def test_accumulators_at_the_bound(strategy, code, zero_point, weight):
     k, number = 65_999, STRATEGIES[strategy]
     q = np.full((2, 1, 1, k), code, dtype=np.uint8)
-    x = Codes(q, oracle.f32([1e-3, 1e-4]), np.full(2, zero_point, dtype=np.int32), oracle.moments(q))
+    x = Codes(q, oracle.f32([1e-3, 1e-4]), np.full(2, zero_point, dtype=np.int32), oracle.moments(q, strategy == "channel"))
     layer = Layer(np.full((3, 1, 1, k), weight, dtype=np.int8), oracle.f32([1e-3, 1e-5, 1e-6]), oracle.f32([0, 1, -1]), Geometry())
     predictor = cases.random_predictor(np.random.default_rng(0), number, layer, 1e4)
     options = {"strategy": number, "gamma": 1}
@@ -286,7 +286,7 @@ def fitting(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
 def check_conv2d(strategy, geometry, batch, height, width, inputs, outputs, activation, residual, bias, wild, channel_stats, gamma, shifted, seed):
     rng, options, number = np.random.default_rng(seed), dict(ACTIVATIONS[activation]), STRATEGIES[strategy]
     height, width = fitting(geometry, height, width)
-    x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild, bool(rng.integers(2)))
+    x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild, bool(rng.integers(2)) or strategy == "channel")
     layer = cases.random_layer(rng, outputs * geometry.groups, inputs, geometry, bias)
     shape = (batch, *geometry.out_size(height, width), outputs * geometry.groups)
     shortcut = cases.random_codes(rng, shape, wild) if residual and "activation" not in options else None
@@ -326,7 +326,7 @@ def test_pointwise(strategy, stride, **arguments):
 
 
 @pytest.mark.parametrize("kernel, height, width", [((7, 7), 15, 15), ((1, 9), 3, 20), ((11, 3), 12, 5), ((3, 3), 3, 3), ((5, 5), 1, 1)])
-@pytest.mark.parametrize("strategy", ["dynamic", "gaussian", "gaussian_channel"])
+@pytest.mark.parametrize("strategy", ["dynamic", "gaussian", "gaussian_channel", "channel"])
 def test_large_kernels_and_single_fields(strategy, kernel, height, width):
     for padding in ((0, 0, 0, 0), (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2), (0, 9, 8, 0)):
         geometry = Geometry(kernel, (2, 2), padding)
@@ -369,14 +369,14 @@ def test_values_far_beyond_int32_saturate():
         assert actual.q.ravel().tolist()[:2] == [0, 255]
 
 
-@pytest.mark.parametrize("strategy", ["gaussian", "gaussian_channel"])
+@pytest.mark.parametrize("strategy", ["gaussian", "gaussian_channel", "channel"])
 @sweep(80)
 @given(geometry=geometries, gamma=st.integers(0, 4), residual=flags, wild=rarely, depthwise=rarely, batch=batches, seed=seeds)
 def test_surrogate_law(strategy, geometry, gamma, residual, wild, depthwise, batch, seed):
     rng, number = np.random.default_rng(seed), STRATEGIES[strategy]
     inputs, outputs = (1, 2) if depthwise else (3, 5)
     height, width = fitting(geometry, *(int(v) for v in rng.integers(1, 12, 2)))
-    x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild, bool(rng.integers(2)))
+    x = cases.random_codes(rng, (batch, height, width, inputs * geometry.groups), wild, bool(rng.integers(2)) or strategy == "channel")
     layer = cases.random_layer(rng, outputs * geometry.groups, inputs, geometry)
     shortcut = cases.random_codes(rng, (batch, *geometry.out_size(height, width), outputs * geometry.groups), wild) if residual else None
     predictor = cases.random_predictor(rng, number, layer, 1.0, wild)
@@ -579,7 +579,7 @@ def every_op(x: Codes, other: Codes, layer: Layer, depthwise: Layer):
 
 def op_inputs(n, size, channels, seed=3):
     rng = np.random.default_rng(seed)
-    x, other = (cases.random_codes(rng, (n, size, size, channels)) for _ in range(2))
+    x, other = (cases.random_codes(rng, (n, size, size, channels), channel_stats=True) for _ in range(2))
     geometry = Geometry((3, 3), padding=(1, 1, 1, 1))
     return x, other, cases.random_layer(rng, channels, channels, geometry), cases.random_layer(rng, channels, 1, geometry._replace(groups=channels))
 
@@ -624,7 +624,7 @@ def test_one_and_two_threads_agree(n, size, channels):
 def test_rows_on_two_threads():
     """Few rows: the output channels are split."""
     rng = np.random.default_rng(0)
-    x, layer = cases.random_codes(rng, (3, 1, 1, 300)), cases.random_layer(rng, 500, 300)
+    x, layer = cases.random_codes(rng, (3, 1, 1, 300), channel_stats=True), cases.random_layer(rng, 500, 300)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

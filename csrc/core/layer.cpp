@@ -11,6 +11,10 @@ namespace probquant {
 namespace {
 
 bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
+bool has_law(Strategy s) { return is_gaussian(s) || s == Strategy::channel; }
+bool law_per_output(const Conv2dShape& s, Strategy strategy) {
+  return strategy == Strategy::gaussian_channel || (strategy == Strategy::channel && PackedLayout(weight_shape(s)).depthwise);
+}
 
 void check_shape(const Conv2dShape& s) {
   require(s.groups > 0 && s.in_channels % s.groups == 0, "conv2d: groups ", s.groups, " does not divide in_channels ", s.in_channels);
@@ -24,14 +28,21 @@ void check_arguments(const Conv2dShape& s, const LayerArguments& a) {
   require(a.activation != Activation::clamp || a.activation_min <= a.activation_max, "conv2d: activation_min is above activation_max");
   const int64_t wanted = a.strategy == Strategy::fixed              ? 2
                          : a.strategy == Strategy::gaussian         ? kGaussianPredictorSize
-                         : a.strategy == Strategy::gaussian_channel ? gaussian_channel_predictor_size(s.out_channels)
+                         : law_per_output(s, a.strategy)            ? law_per_output_predictor_size(s.out_channels)
+                         : a.strategy == Strategy::channel          ? channel_predictor_size(s.in_channels)
                          : a.strategy == Strategy::probe            ? kProbePredictorSize
                                                                     : 0;
   check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
-  if (!is_gaussian(a.strategy)) return;
+  if (!has_law(a.strategy)) return;
+  require(s.batch == 0 || a.x.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy), " needs x.stats");
+  require(s.batch == 0 || a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy),
+          " needs residual.stats");
+  if (a.strategy == Strategy::channel) {
+    require(s.batch == 0 || a.x.stats_stride == stats_columns(s.in_channels, true), "conv2d: strategy 6 needs x.stats with channel moments, ",
+            stats_columns(s.in_channels, true), " columns, got ", a.x.stats_stride);
+    return;
+  }
   require(a.gamma >= 0, "conv2d: gamma ", a.gamma, ", want >= 0");
-  require(s.batch == 0 || a.x.stats != nullptr, "conv2d: the gaussian strategies need x.stats");
-  require(s.batch == 0 || a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: the gaussian strategies need residual.stats");
   const double largest = 255.0 * static_cast<double>(field_weights(s));
   require(largest * largest * static_cast<double>(s.out_height() * s.out_width() * s.groups) < 9.2e18,
           "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
@@ -72,24 +83,41 @@ void sample_fields(const Conv2dShape& s, const LayerArguments& a, int64_t sample
   for (size_t g = 0; g < groups; ++g) fields[g] = field_moments(sums[g], e.x_scale);
 }
 
-/// Calls visit(law) for the one law of the layer, or for every output channel's.
+/// The law of the sample's outputs before a residual: of output channel o (law_per_output), or of all.
+Law own_law(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, const std::vector<FieldMoments>& fields, int64_t o) {
+  const float* p = a.predictor + kPredictorLaw;
+  const int64_t outputs = s.out_channels;
+  if (is_gaussian(a.strategy)) {
+    const FieldMoments& m = fields[fields.size() == 1 ? 0 : static_cast<size_t>(o / (outputs / s.groups))];
+    if (a.strategy == Strategy::gaussian) return gaussian_law(m, p[0], p[1], p[2], p[3]);
+    return gaussian_law(m, p[o], p[outputs + o], p[2 * outputs + o], 0.0f);
+  }
+  const int64_t inputs = s.in_channels, count = s.in_height * s.in_width;
+  const int64_t* sums = a.x.stats + sample * a.x.stats_stride + kStatsSample;
+  if (law_per_output(s, a.strategy)) {
+    const int64_t c = o / (outputs / s.groups);
+    return depthwise_law(sums[c], sums[inputs + c], count, e.x_zero_point, e.x_scale, p[o], p[outputs + o], p[2 * outputs + o]);
+  }
+  const float* weights = a.predictor + kPredictorChannels;
+  const ChannelSums totals =
+      channel_sums(sums, sums + inputs, inputs, count, e.x_zero_point, s.kernel_height * s.kernel_width, weights, weights + inputs);
+  return channel_law(totals, count, e.x_scale, p[0], p[1], p[2], p[3]);
+}
+
+/// Calls visit(o, law) for the one law of the layer, or for every output channel's.
 template <class Visit>
 void for_each_law(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, FieldScratch& sums,
                   std::vector<FieldMoments>& fields, Visit visit) {
-  const bool per_channel = a.strategy == Strategy::gaussian_channel, residual = a.residual.q != nullptr;
-  sample_fields(s, a, sample, e, per_channel && s.groups > 1, sums, fields);
+  if (is_gaussian(a.strategy)) sample_fields(s, a, sample, e, a.strategy == Strategy::gaussian_channel && s.groups > 1, sums, fields);
   Law shortcut{};
-  if (residual) {
+  if (a.residual.q != nullptr) {
     const int64_t* stats = a.residual.stats + sample * a.residual.stats_stride;
     shortcut = law_of_stats(stats[kStatsSum], stats[kStatsSquares], s.out_height() * s.out_width() * s.out_channels, e.residual_zero_point,
                             e.residual_scale);
   }
-  const float* p = a.predictor + kPredictorLaw;
-  const int64_t laws = per_channel ? s.out_channels : 1, group_channels = s.out_channels / s.groups;
-  for (int64_t o = 0; o < laws; ++o) {
-    const FieldMoments& m = fields[fields.size() == 1 ? 0 : static_cast<size_t>(o / group_channels)];
-    Law law = per_channel ? gaussian_law(m, p[o], p[laws + o], p[2 * laws + o], 0.0f) : gaussian_law(m, p[0], p[1], p[2], p[3]);
-    if (residual) law = add_laws(law, shortcut, a.predictor[kPredictorRho]);
+  for (int64_t o = 0, laws = surrogate_laws(s, a.strategy); o < laws; ++o) {
+    Law law = own_law(s, a, sample, e, fields, o);
+    if (a.residual.q != nullptr) law = add_laws(law, shortcut, a.predictor[kPredictorRho]);
     visit(o, law);
   }
 }
@@ -258,13 +286,13 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.range = nullptr;
 
   std::vector<SampleEpilogue> samples(static_cast<size_t>(shape.batch));
-  parallel_for(executor, is_gaussian(a.strategy) ? shape.batch : 1, [&](int64_t begin, int64_t end) {
-    if (!is_gaussian(a.strategy)) end = shape.batch;  // nothing to share out
+  parallel_for(executor, has_law(a.strategy) ? shape.batch : 1, [&](int64_t begin, int64_t end) {
+    if (!has_law(a.strategy)) end = shape.batch;  // nothing to share out
     FieldScratch sums;
     std::vector<FieldMoments> fields;
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)] = epilogue_inputs(a, n);
-      if (a.strategy != Strategy::fixed && !is_gaussian(a.strategy)) continue;
+      if (a.strategy != Strategy::fixed && !has_law(a.strategy)) continue;
       const QParams y = a.strategy == Strategy::fixed ? fixed_qparams(a.predictor)
                         : e.valid                     ? predict(shape, a, n, e, sums, fields)
                                                       : QParams{kNan, 0};
@@ -295,11 +323,13 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   mark_invalid(a.y, shape.batch, shape.out_channels);
 }
 
+int64_t surrogate_laws(const Conv2dShape& shape, Strategy strategy) { return law_per_output(shape, strategy) ? shape.out_channels : 1; }
+
 void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law, const Executor& executor) {
   check_shape(shape);
-  require(is_gaussian(a.strategy), "surrogate_law: strategy ", static_cast<int64_t>(a.strategy), " has no law, want gaussian or gaussian_channel");
+  require(has_law(a.strategy), "surrogate_law: strategy ", static_cast<int64_t>(a.strategy), " has no law, want gaussian, gaussian_channel or channel");
   check_arguments(shape, a);
-  const int64_t laws = a.strategy == Strategy::gaussian_channel ? shape.out_channels : 1;
+  const int64_t laws = surrogate_laws(shape, a.strategy);
   parallel_for(executor, shape.batch, [&](int64_t begin, int64_t end) {
     FieldScratch sums;
     std::vector<FieldMoments> fields;

@@ -60,6 +60,68 @@ PROBQUANT_HOST_DEVICE inline Law gaussian_law(const FieldMoments& m, float mean_
   return {mean, fmaf(mean_w * mean_w, m.var_s1, within)};
 }
 
+/// Sums over input channels of a layer's laws (one per input channel), still in units of codes.
+struct ChannelSums {
+  double mean, within, between;
+};
+
+/// Of the channel's `count` values: T1 = sum (q - z), and n^2 times their variance.
+PROBQUANT_HOST_DEVICE inline void channel_moments(int64_t sum, int64_t squares, int64_t count, int32_t zero_point, double& t1, double& variance) {
+  const int64_t z = zero_point;
+  t1 = static_cast<double>(sum - count * z);
+  const double t2 = static_cast<double>(squares - 2 * z * sum + count * z * z);
+  variance = static_cast<double>(count) * t2 - t1 * t1;
+  variance = variance > 0.0 ? variance : 0.0;
+}
+
+/// Weights of input channel c (over all outputs and taps) have the mean sum mean_w[c] over an output's taps, and the mean sum
+/// of squares square_w[c]. Channels are summed in kChannelLanes interleaved sums that are then halved, so that loops vectorise.
+inline constexpr int64_t kChannelLanes = 8;
+PROBQUANT_HOST_DEVICE inline ChannelSums channel_sums(const int64_t* sums, const int64_t* squares, int64_t channels, int64_t count,
+                                                      int32_t zero_point, int64_t taps, const float* mean_w, const float* square_w) {
+  double mean[kChannelLanes] = {}, within[kChannelLanes] = {}, between[kChannelLanes] = {};
+  const double share = 1.0 / static_cast<double>(taps);
+  const auto add = [&](int64_t c, int64_t lane) {
+    double t1, variance;
+    channel_moments(sums[c], squares[c], count, zero_point, t1, variance);
+    const double w = static_cast<double>(mean_w[c]), w2 = static_cast<double>(square_w[c]);
+    double spread = w2 - w * w * share;  // variance of the weights, summed over the taps
+    spread = spread > 0.0 ? spread : 0.0;
+    mean[lane] += w * t1;
+    within[lane] += w2 * variance;
+    between[lane] += spread * (t1 * t1);
+  };
+  int64_t c = 0;
+  for (; c + kChannelLanes <= channels; c += kChannelLanes)
+    for (int64_t lane = 0; lane < kChannelLanes; ++lane) add(c + lane, lane);
+  for (int64_t lane = 0; c + lane < channels; ++lane) add(c + lane, lane);
+  for (int64_t half = kChannelLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) {
+      mean[lane] += mean[lane + half];
+      within[lane] += within[lane + half];
+      between[lane] += between[lane + half];
+    }
+  return {mean[0], within[0], between[0]};
+}
+
+/// Law of all outputs: what varies over the positions of a channel and, between channels, its mean; `within` and `between`
+/// are calibrated factors on the two (taps and channels are not independent).
+PROBQUANT_HOST_DEVICE inline Law channel_law(ChannelSums s, int64_t count, float scale, float mean_b, float var_b, float within, float between) {
+  const double n = static_cast<double>(count);
+  const float squared = scale * scale;
+  const float inner = squared * static_cast<float>(s.within / (n * n)), outer = squared * static_cast<float>(s.between / (n * n));
+  return {fmaf(scale, static_cast<float>(s.mean / n), mean_b), fmaf(within, inner, fmaf(between, outer, var_b))};
+}
+
+/// Law of a depthwise layer's output channel: its mean is exact but for the border.
+PROBQUANT_HOST_DEVICE inline Law depthwise_law(int64_t sum, int64_t squares, int64_t count, int32_t zero_point, float scale, float mean_w,
+                                               float square_w, float bias) {
+  const double n = static_cast<double>(count);
+  double t1, variance;
+  channel_moments(sum, squares, count, zero_point, t1, variance);
+  return {fmaf(mean_w, scale * static_cast<float>(t1 / n), bias), square_w * (scale * scale * static_cast<float>(variance / (n * n)))};
+}
+
 /// Law of a sum of two tensors with correlation rho.
 PROBQUANT_HOST_DEVICE inline Law add_laws(Law a, Law b, float rho) {
   const float covariance = sqrtf(a.variance * b.variance);
@@ -77,6 +139,8 @@ PROBQUANT_HOST_DEVICE inline void law_range(Law law, float alpha, float beta, fl
 // Positions in a gaussian predictor.
 inline constexpr int64_t kPredictorAlpha = 0, kPredictorBeta = 1, kPredictorRho = 2, kPredictorLaw = 3;
 inline constexpr int64_t kGaussianPredictorSize = 7;
-constexpr int64_t gaussian_channel_predictor_size(int64_t out_channels) { return kPredictorLaw + 3 * out_channels; }
+constexpr int64_t law_per_output_predictor_size(int64_t out_channels) { return kPredictorLaw + 3 * out_channels; }
+inline constexpr int64_t kPredictorChannels = kPredictorLaw + 4;  ///< behind mean_b, var_b, within, between
+constexpr int64_t channel_predictor_size(int64_t in_channels) { return kPredictorChannels + 2 * in_channels; }
 
 }  // namespace probquant

@@ -77,8 +77,8 @@ struct Bounds {
 };
 
 inline Strategy check_strategy(const char* op, int64_t strategy) {
-  require(strategy >= 0 && strategy <= static_cast<int64_t>(Strategy::probe), op, ": strategy ", strategy,
-          ", want 0 (none), 1 (fixed), 2 (dynamic), 3 (gaussian), 4 (gaussian_channel) or 5 (probe)");
+  require(strategy >= 0 && strategy <= static_cast<int64_t>(Strategy::channel), op, ": strategy ", strategy,
+          ", want 0 (none), 1 (fixed), 2 (dynamic), 3 (gaussian), 4 (gaussian_channel), 5 (probe) or 6 (channel)");
   return static_cast<Strategy>(strategy);
 }
 

@@ -220,7 +220,7 @@ Tensor surrogate_law(const Tensor& x, const Tensor& x_scale, const Tensor& x_zer
   a.predictor = predictor.data<const float>();
   a.predictor_size = predictor.numel();
   a.gamma = gamma;
-  Tensor law = stable::empty({shape.batch, a.strategy == Strategy::gaussian_channel ? out_channels : 1, 2}, codes().float32, x);
+  Tensor law = stable::empty({shape.batch, surrogate_laws(shape, a.strategy), 2}, codes().float32, x);
   probquant::surrogate_law(shape, a, law.data<float>(), stable::torch_executor());
   return law;
 }

@@ -83,9 +83,12 @@ constexpr Conv2dShape linear_shape(int64_t samples, int64_t rows, int64_t in_fea
   return shape;
 }
 
-/// What a gaussian strategy believes of a layer's pre-activations: mean and standard deviation, [batch, L, 2] with
-/// L = 1 (gaussian) or out_channels (gaussian_channel). Calibration fits alpha and beta to it. Uses x, residual,
-/// strategy, predictor and gamma of the arguments.
+/// How many laws a strategy has for a layer: one (gaussian, channel), or one per output channel (gaussian_channel, and
+/// channel of a depthwise layer).
+PROBQUANT_API int64_t surrogate_laws(const Conv2dShape& shape, Strategy strategy);
+
+/// What such a strategy believes of a layer's pre-activations: mean and standard deviation, [batch, surrogate_laws, 2].
+/// Calibration fits alpha and beta to it. Uses x, residual, strategy, predictor and gamma of the arguments.
 PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments& arguments, float* law, const Executor& executor);
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,11 @@ enum class DType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 ///   gaussian          one law for all weights; predictor [alpha, beta, rho, mean_w, var_w, mean_b, var_b]
 ///   gaussian_channel  one law per output channel; predictor [alpha, beta, rho, mean_w[O], var_w[O], bias[O]]
 ///   probe             exact range of a sixteenth of the positions, computed first, widened; predictor [below, above]
+///   channel           one law per input channel, from the input's channel moments; predictor
+///                     [alpha, beta, rho, mean_b, var_b, within, between, mean_w[C], square_w[C]], or, for depthwise layers, one
+///                     per output channel: [alpha, beta, rho, mean_w[O], square_w[O], bias[O]]
 /// The gaussian ones are the probabilistic strategy of arXiv 2505.10689: the range is predicted from the layer's input.
-enum class Strategy : int32_t { none = 0, fixed = 1, dynamic = 2, gaussian = 3, gaussian_channel = 4, probe = 5 };
+enum class Strategy : int32_t { none = 0, fixed = 1, dynamic = 2, gaussian = 3, gaussian_channel = 4, probe = 5, channel = 6 };
 
 /// Function fused behind a layer. `clamp` covers the identity, ReLU and ReLU6 through its bounds; the others are
 /// evaluated in float before the one rounding.
@@ -73,7 +76,7 @@ struct QuantizedInput {
   const uint8_t* q = nullptr;
   const float* scale = nullptr;
   const int32_t* zero_point = nullptr;
-  const int64_t* stats = nullptr;  ///< read by the gaussian strategies only
+  const int64_t* stats = nullptr;  ///< read by the gaussian strategies, and with channel moments by Strategy::channel
   int64_t stats_stride = kStatsSample;
 };
 
