@@ -20,8 +20,7 @@
 #include <vector>
 
 #include "core/float_formats.h"
-#include "cpu/features.h"
-#include "cpu/kernels.h"
+#include "tables.h"
 
 namespace probquant {
 namespace {
@@ -477,26 +476,12 @@ constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fu
 constexpr int64_t kFuzzerCount = sizeof kFuzzers / sizeof kFuzzers[0];
 
 int run(uint64_t seed, int64_t cases, double seconds, const std::string& only) {
-  std::vector<Kernels> tables;
-  Kernels table = kReferenceKernels;
-  (void)table;
-#if defined(PROBQUANT_HAVE_AVX2)
-  if (detected_isa() >= Isa::avx2) {
-    install_avx2(table);
-    tables.push_back(table);
-  }
-#endif
-#if defined(PROBQUANT_HAVE_AVX512VNNI)
-  if (detected_isa() >= Isa::avx512vnni) {
-    install_avx512vnni(table);
-    tables.push_back(table);
-  }
-#endif
+  const std::vector<Kernels> all = tables();
   const auto start = std::chrono::steady_clock::now();
   int64_t passed = 0;
   for (int64_t i = 0; cases < 0 || i < cases; ++i) {
     if (cases < 0 && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds) break;
-    for (const Kernels& kernels : tables) {
+    for (const Kernels& kernels : all) {
       if (!only.empty() && only != kernels.name) continue;
       Random random(seed * 0x2545f4914f6cdd1du + static_cast<uint64_t>(i));
       Case c;

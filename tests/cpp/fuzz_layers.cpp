@@ -14,8 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/features.h"
-#include "cpu/kernels.h"
+#include "tables.h"
 
 namespace {
 
@@ -200,29 +199,7 @@ void run_split(Random& r, const LayerProblem& p, LayerKernel kernel, bool split)
     for (size_t j = 0; j + 1 < channel_cuts.size(); ++j) kernel(p, {row_cuts[i], row_cuts[i + 1], channel_cuts[j], channel_cuts[j + 1]});
 }
 
-struct Table {
-  const char* name;
-  Kernels kernels;
-};
-
-std::vector<Table> tables() {
-  std::vector<Table> all;
-#if defined(PROBQUANT_HAVE_AVX2)
-  if (detected_isa() >= Isa::avx2) {
-    all.push_back({"avx2", kReferenceKernels});
-    install_avx2(all.back().kernels);
-  }
-#endif
-#if defined(PROBQUANT_HAVE_AVX512VNNI)
-  if (detected_isa() >= Isa::avx512vnni) {
-    all.push_back({"avx512vnni", kReferenceKernels});
-    install_avx512vnni(all.back().kernels);
-  }
-#endif
-  return all;
-}
-
-bool run_case(uint64_t seed, const std::vector<Table>& all) {
+bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   Random r(seed);
   const Conv2dShape s = random_shape(r);
   LayerProblem p(s);
@@ -276,9 +253,9 @@ bool run_case(uint64_t seed, const std::vector<Table>& all) {
   };
   const Result expected(values, s.batch, columns), expected_dynamic(values, s.batch, columns);
   run(kReferenceKernels, expected, expected_dynamic, false);
-  for (const Table& table : all) {
+  for (const Kernels& table : all) {
     const Result got(values, s.batch, columns), got_dynamic(values, s.batch, columns);
-    run(table.kernels, got, got_dynamic, r.one_in(2));
+    run(table, got, got_dynamic, r.one_in(2));
     if (compare(expected, got) && compare(expected_dynamic, got_dynamic)) continue;
     std::printf("%s differs from the reference: batch %ld, in %ld x %ld x %ld, out %ld x %ld x %ld, kernel %ld x %ld, stride %ld %ld, padding %ld %ld %ld %ld, "
                 "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d, channel_stats %d\n",
@@ -296,7 +273,7 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
   const int64_t cases = argc > 2 ? std::atoll(argv[2]) : 1000;
   const double seconds = argc > 3 ? std::atof(argv[3]) : 0;
-  const std::vector<Table> all = tables();
+  const std::vector<Kernels> all = tables();
   const auto start = std::chrono::steady_clock::now();
   int64_t done = 0;
   for (; cases == 0 || done < cases; ++done) {
@@ -307,7 +284,7 @@ int main(int argc, char** argv) {
     }
   }
   std::printf("%lld cases passed on", static_cast<long long>(done));
-  for (const Table& table : all) std::printf(" %s", table.name);
+  for (const Kernels& table : all) std::printf(" %s", table.name);
   std::printf("\n");
   return 0;
 }

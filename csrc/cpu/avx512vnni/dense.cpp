@@ -24,6 +24,21 @@ enum class Output { codes, floats, accumulators };
 /// registers, and every address then waits for the vector units.
 constexpr int kPointerRegisters = 8;
 
+/// Four bytes of a row whose pointer is in memory, in every dword. As for dot(), plain code serves other targets.
+template <int ahead>
+__attribute__((always_inline)) inline __m512i broadcast_from_memory(const uint8_t* const& row, int64_t at) {
+  __m512i v;
+#if defined(__AVX512VNNI__)
+  const uint8_t* pointer;
+  asm("mov %2, %1\n\tvpbroadcastd %c4(%1, %3), %0" : "=v"(v), "=&r"(pointer) : "m"(row), "r"(at), "i"(ahead));
+#else
+  int32_t four;
+  __builtin_memcpy(&four, row + at + ahead, 4);
+  v = _mm512_set1_epi32(four);
+#endif
+  return v;
+}
+
 template <int ahead, int kRows, int kBlocks>
 __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], const uint8_t* (&x)[kRows], const uint8_t* (&x_memory)[kRows], int64_t at,
                                                 const uint8_t* weights, int64_t block_bytes) {
@@ -38,11 +53,10 @@ __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], 
       __builtin_memcpy(&four, x[i] + at + ahead, 4);
       v = _mm512_set1_epi32(four);
     } else {
-      const uint8_t* row;
-      asm("mov %2, %1\n\tvpbroadcastd %c4(%1, %3), %0" : "=v"(v), "=&r"(row) : "m"(x_memory[i]), "r"(at), "i"(ahead));
+      v = broadcast_from_memory<ahead>(x_memory[i], at);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < kBlocks; ++j) asm("vpdpbusd %2, %1, %0" : "+v"(acc[i][j]) : "v"(v), "v"(w[j]));
+    for (int j = 0; j < kBlocks; ++j) dot(acc[i][j], v, w[j]);
   }
 }
 

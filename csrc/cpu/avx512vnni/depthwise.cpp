@@ -453,11 +453,6 @@ void interleave(const RowSource* rows, int64_t x, int64_t columns, int64_t width
   pad(inside, columns);
 }
 
-/// vpdpbusd in place. The intrinsic makes gcc copy all accumulators in every turn of the loop.
-inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
-}
-
 template <int kSize>
 struct Size {
   static constexpr int value = kSize;

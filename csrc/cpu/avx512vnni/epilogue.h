@@ -12,6 +12,16 @@ namespace {
 inline __mmask16 first_lanes16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 inline __mmask64 first_lanes64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
+/// Adds the four products in each dword, unsigned times signed: vpdpbusd in place. The intrinsic makes GCC copy all accumulators
+/// in every turn of a loop; it serves where the compiler targets less than the instruction (tests/cpp/emulated_avx512).
+inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
+#if defined(__AVX512VNNI__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(accumulator) : "v"(x), "v"(weights));
+#else
+  accumulator = _mm512_dpbusd_epi32(accumulator, x, weights);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic of numerics.h. vmaxps and vminps return their second operand when a NaN is involved, as max_f and min_f do.
 

@@ -1,0 +1,42 @@
+// The kernel tables that the fuzzers compare with the reference: those of every instruction set that this machine has, and
+// the emulated AVX-512 one where it was built (PROBQUANT_EMULATE_AVX512).
+#pragma once
+#include <vector>
+
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+
+namespace probquant {
+
+#if defined(PROBQUANT_EMULATED_AVX512)
+/// install_avx512vnni of csrc/cpu/avx512vnni, compiled against emulated_avx512/immintrin.h.
+void install_avx512vnni_emulated(Kernels& table);
+#endif
+
+/// As dispatch.cpp overlays them. `name` tells them apart.
+inline std::vector<Kernels> tables() {
+  std::vector<Kernels> all;
+  Kernels table = kReferenceKernels;
+#if defined(PROBQUANT_HAVE_AVX2)
+  if (detected_isa() >= Isa::avx2) {
+    install_avx2(table);
+    all.push_back(table);
+  }
+#endif
+#if defined(PROBQUANT_EMULATED_AVX512)
+  if (detected_isa() >= Isa::avx2) {  // for which it was compiled
+    all.push_back(table);
+    install_avx512vnni_emulated(all.back());
+    all.back().name = "avx512vnni_emulated";
+  }
+#endif
+#if defined(PROBQUANT_HAVE_AVX512VNNI)
+  if (detected_isa() >= Isa::avx512vnni) {
+    install_avx512vnni(table);
+    all.push_back(table);
+  }
+#endif
+  return all;
+}
+
+}  // namespace probquant
