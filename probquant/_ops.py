@@ -208,3 +208,22 @@ def _(x, x_scale, x_zero_point, scale_factor, channel_stats=False):
     height, width = _pair(scale_factor)
     sizes = [x.shape[0], x.shape[1], x.shape[2] * height, x.shape[3] * width]
     return _outputs(_codes(x, sizes, True), x_scale.shape, x.shape[1], channel_stats)
+
+
+@torch.library.register_fake("probquant::layer_norm")
+def _(
+    x, x_scale, x_zero_point, residual, weight, bias, eps=1e-05, keep_sum=False, strategy=2, predictor=None, channel_stats=False
+):  # fmt: skip
+    total = x.new_empty(x.shape if keep_sum else [0], dtype=torch.float32)
+    if strategy == Strategy.NONE:
+        return *_layer(x, None, x.shape, False, strategy, channel_stats), total
+    return *_outputs(_codes(x, x.shape, False), x.shape[:-1], x.shape[-1], channel_stats), total
+
+
+@torch.library.register_fake("probquant::attention")
+def _(
+    query, query_scale, query_zero_point, key, key_scale, key_zero_point, value, value_scale, value_zero_point, heads, scale,
+    strategy=2, predictor=None, channel_stats=False,
+):  # fmt: skip
+    _check_codes("attention", query, query_scale)
+    return _outputs(_codes(query, query.shape, False), query_scale.shape, query.shape[-1], channel_stats)

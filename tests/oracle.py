@@ -613,3 +613,77 @@ def adaptive_avg_pool2d(x: Codes, size: tuple[int, int], strategy: int = DYNAMIC
     acc = np.stack([np.stack([values[:, y0:y1, x0:x1].sum((1, 2)) for x0, x1 in edges[1]], 1) for y0, y1 in edges[0]], 1)
     divisor = np.array([[(y1 - y0) * (x1 - x0) for x0, x1 in edges[1]] for y0, y1 in edges[0]])
     return average(x, acc, divisor, strategy, predictor, channel_stats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformers: rows [N, C], one scale each
+
+
+@quiet
+def sum_in_lanes(x: np.ndarray, squares: bool = False) -> np.ndarray:
+    """Sum over the last dimension: value i is added to lane i % 32, then the lanes are joined by halves."""
+    lanes = np.zeros((*x.shape[:-1], 32), dtype=np.float32)
+    for begin in range(0, x.shape[-1], 32):
+        part = x[..., begin : begin + 32]
+        some = lanes[..., : part.shape[-1]]
+        some[...] = fma(part, part, some) if squares else some + part
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def quantize_rows(y: np.ndarray, valid: np.ndarray, strategy: int, predictor, channel_stats: bool) -> Codes:
+    """Every row with its exact range, or all with the fixed one; rows that are not valid become invalid samples."""
+    if strategy == FIXED:
+        scale, zero_point = fixed_parameters(predictor, 1)
+        codes = quantize(y, scale[0], zero_point[0], channel_stats)
+    else:
+        codes = quantize(y, channel_stats=channel_stats)
+    valid = valid & valid_scale(codes.scale)
+    stats = np.where(valid[:, None], codes.stats, np.eye(1, codes.stats.shape[1], 2, dtype=np.int64) * -1)
+    return Codes(
+        np.where(valid[:, None], codes.q, np.uint8(0)), np.where(valid, codes.scale, np.float32(np.nan)), np.where(valid, codes.zero_point, np.int32(0)), stats
+    )
+
+
+@quiet
+def layer_norm(
+    x: Codes | np.ndarray, residual, weight, bias, eps: float, strategy: int = DYNAMIC, predictor=None, channel_stats: bool = False
+) -> tuple[Codes | np.ndarray, np.ndarray]:  # fmt: skip
+    """(output, x + residual)"""
+    residual = np.float32(0) if residual is None else residual
+    if isinstance(x, Codes):
+        valid, n = valid_scale(x.scale), x.q.shape[1]
+        total = fma(f32(centred(x)), per_sample(nan_where_invalid(x.scale), x.q), residual)
+    else:
+        valid, n = np.ones(len(x), dtype=bool), x.shape[1]
+        total = x + residual
+    mean = sum_in_lanes(total) / np.float32(n)
+    centre = total - mean[:, None]
+    factor = np.float32(1) / np.sqrt(sum_in_lanes(centre, squares=True) / np.float32(n) + np.float32(eps))
+    y = fma(centre * factor[:, None], 1 if weight is None else weight, 0 if bias is None else bias)
+    return (y if strategy == NONE else quantize_rows(y, valid, strategy, predictor, channel_stats)), total
+
+
+@quiet
+def attention(
+    query: Codes, key: Codes, value: Codes, batch: int, heads: int, scale: float, strategy: int = DYNAMIC, predictor=None, channel_stats: bool = False
+) -> Codes:  # fmt: skip
+    """query [batch * queries, C]; key and value [batch * keys, C]."""
+
+    def per_head(x: Codes) -> tuple[np.ndarray, np.ndarray]:
+        """Centred codes [batch, heads, tokens, dim] and scales [batch, 1, tokens]."""
+        values = centred(x).reshape(batch, -1, heads, x.q.shape[1] // heads).transpose(0, 2, 1, 3)
+        return values, nan_where_invalid(x.scale).reshape(batch, 1, -1)
+
+    (q, q_scale), (k, k_scale), (v, v_scale) = (per_head(x) for x in (query, key, value))
+    t = f32(q @ k.transpose(0, 1, 3, 2)) * k_scale[:, :, None]
+    e = exp((t - t.max(-1, keepdims=True)) * (q_scale * np.float32(scale))[..., None])
+    w = e * v_scale[:, :, None]
+    most = w.max(-1, keepdims=True)
+    codes = np.rint(clamp(w * (np.float32(255) / most), 0, 255)).astype(np.int64)
+    y = f32(codes @ v) * (most / np.float32(255) / sum_in_lanes(e)[..., None])
+    tokens = valid_scale(key.scale).reshape(batch, -1).all(1) & valid_scale(value.scale).reshape(batch, -1).all(1)
+    valid = valid_scale(query.scale) & np.repeat(tokens, q.shape[2])
+    return quantize_rows(y.transpose(0, 2, 1, 3).reshape(query.q.shape), valid, strategy, predictor, channel_stats)

@@ -90,6 +90,25 @@ def other_calls(rng, count):
         yield f"{index} adaptive_avg_pool2d", ops.adaptive_avg_pool2d(*x[:3], [int(rng.integers(1, 6))], **options)
 
 
+def transformer_calls(rng, count):
+    for index in range(count):
+        strategy, wild, channel_stats = int(rng.integers(1, 4)), bool(rng.random() < 0.3), bool(rng.integers(2))
+        batch, queries, keys, heads, dim = (
+            int(v) for v in (rng.integers(1, 3), rng.integers(1, 60), rng.choice([*cases.SIZES, 197]), rng.integers(1, 4), rng.integers(1, 70))
+        )
+        options = {"strategy": strategy, "predictor": torch.tensor([0.3, 77.0]) if strategy == 1 else None, "channel_stats": channel_stats}
+
+        def tokens(count, channels):
+            x = cases.random_codes(rng, (batch * count, 1, 1, channels), wild)
+            return [torch.from_numpy(part).reshape(batch, count, *([channels] if part is x.q else [])) for part in x[:3]]
+
+        query, key, value = (tokens(count, heads * dim) for count in (queries, keys, keys))
+        yield f"{index} attention", ops.attention(*query, *key, *value, heads, float(rng.uniform(1e-5, 1)), **options)
+        residual, weight = (torch.from_numpy(rng.normal(0, 1, (*shape, heads * dim)).astype(np.float32)) for shape in ((batch, queries), ()))
+        yield f"{index} layer_norm", ops.layer_norm(*query, residual if index % 2 else None, weight, weight, 1e-6, True, **options)
+        yield f"{index} layer_norm to float", ops.layer_norm(residual, None, None, residual if index % 2 else None, weight, None, 1e-6, True, 0)
+
+
 def as_bytes(outputs) -> list[np.ndarray]:
     """Floats as integers: NaNs have to agree bit for bit, too."""
     result = []
@@ -104,7 +123,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     rng, names, arrays = np.random.default_rng(2024), [], {}
     with np.errstate(all="ignore"):
-        for calls in (layer_calls(rng, 700), other_calls(rng, 60)):
+        for calls in (layer_calls(rng, 700), other_calls(rng, 60), transformer_calls(rng, 60)):
             for name, outputs in calls:
                 for i, part in enumerate(as_bytes(outputs)):
                     arrays[str(len(names))] = part

@@ -20,6 +20,10 @@ def rows(m=3, k=6):
     return [torch.zeros(m, k, dtype=UINT8), torch.ones(m), torch.zeros(m, dtype=INT32), torch.zeros(m, 3, dtype=INT64)]
 
 
+def tokens(n=2, t=5, k=6):
+    return [torch.zeros(n, t, k, dtype=UINT8), torch.ones(n, t), torch.zeros(n, t, dtype=INT32)]
+
+
 def weight(*shape, groups=1):
     return ops.pack_weight(torch.zeros(*shape, dtype=torch.int8), torch.ones(shape[0]), None, groups)
 
@@ -41,7 +45,7 @@ def geometry(kernel=3):
     return {"kernel_size": [kernel], "stride": [1], "padding": [1], "dilation": [1]}
 
 
-OPTIONAL = ["sample_dims", "scale", "zero_point", "dtype", "bias", "groups", "residual", "residual_scale", "residual_zero_point", "residual_stats", "activation", "activation_min", "activation_max", "strategy", "predictor", "gamma", "channel_stats"]  # fmt: skip
+OPTIONAL = ["sample_dims", "scale", "zero_point", "dtype", "bias", "groups", "residual", "residual_scale", "residual_zero_point", "residual_stats", "activation", "activation_min", "activation_max", "strategy", "predictor", "gamma", "channel_stats", "eps", "keep_sum"]  # fmt: skip
 VALID = {
     "quantize": lambda: {"x": torch.zeros(2, 4, 5, 5)},
     "dequantize": lambda: named("x", image()[:3]),
@@ -57,12 +61,14 @@ VALID = {
     "avg_pool2d": lambda: {**named("x", image()[:3]), "kernel_size": [3], "stride": [1], "padding": [1]},
     "adaptive_avg_pool2d": lambda: {**named("x", image()[:3]), "output_size": [2]},
     "upsample_nearest2d": lambda: {**named("x", image()[:3]), "scale_factor": [2]},
+    "layer_norm": lambda: {**named("x", rows()[:3]), "residual": torch.zeros(3, 6), "weight": torch.ones(6), "bias": torch.ones(6)},
+    "attention": lambda: {**named("query", tokens(t=4)), **named("key", tokens()), **named("value", tokens()), "heads": 2, "scale": 0.5},
 }
 CODES = ["dequantize", "linear", "conv2d", "surrogate_law", "activation", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"]  # read x
 IMAGES = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"]
 WINDOWS = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d"]
 LAYERS = ["linear", "conv2d"]
-RANGES = ["add", "activation", "concat", "avg_pool2d", "adaptive_avg_pool2d"]
+RANGES = ["add", "activation", "concat", "avg_pool2d", "adaptive_avg_pool2d", "layer_norm", "attention"]
 RESIDUAL = named("residual", image(c=8))
 
 
@@ -168,7 +174,7 @@ def cases():
         for strategy, good in ((1, 2), (2, 0), (3, 3 if op == "add" else 0)):
             for size in {0, 1, 2, 3, 7} - {good}:
                 yield op, {"strategy": strategy, "predictor": torch.ones(size) if size else None}, [f"predictor has {size} values, strategy {strategy} wants {good}"]
-        for strategy in (0, 4, 5, 6):
+        for strategy in (4, 5, 6) if op == "layer_norm" else (0, 4, 5, 6):
             yield op, {"strategy": strategy}, [f"strategy {strategy}, want fixed, dynamic or gaussian"]
     for strategy in (0, 1, 2, 5):
         yield "surrogate_law", {"strategy": strategy}, [f"strategy {strategy} has no law, want gaussian, gaussian_channel or channel"]
@@ -248,6 +254,30 @@ def cases():
     yield "concat", {"xs": [x[0], x[0].to(torch.int8)]}, [r"xs\[1\] has dtype int8, want uint8"]
     yield "concat", {"xs": [x[0], x[0].contiguous()]}, [r"xs\[1\] of shape", "want channels_last"]
     yield "concat", {"zero_points": [x[2], x[2][:1]]}, [r"xs\[1\]_zero_point has shape \[1\], want \[2\]"]
+
+    # transformers
+    yield "layer_norm", {"x": rows()[0].float()}, ["x has dtype float32, want uint8"]
+    yield "layer_norm", {"x": rows()[0], "x_scale": None, "x_zero_point": None}, ["x has dtype uint8, want float32"]
+    yield "layer_norm", {"x": torch.zeros(6, 3).t(), "x_scale": None, "x_zero_point": None}, ["x must be contiguous, has strides"]
+    yield "layer_norm", {"x": torch.zeros(6), "x_scale": None, "x_zero_point": None}, [r"x has shape \[6\], want at least two dimensions"]
+    yield "layer_norm", {"x": torch.zeros(3, 0), "x_scale": None, "x_zero_point": None, "residual": None, "weight": None, "bias": None}, [r"size \[3, 0\], want"]
+    yield "layer_norm", {"x_scale": None}, ["x_scale and x_zero_point come together"]
+    yield "layer_norm", {**named("x", tokens()), "x_scale": torch.ones(2), "x_zero_point": torch.zeros(2, dtype=INT32)}, [r"x_scale has shape \[2\], want one scale per row \[2, 5\]"]
+    yield "layer_norm", {"residual": torch.zeros(3, 5)}, [r"residual has shape \[3, 5\], want \[3, 6\]"]
+    yield "layer_norm", {"residual": torch.zeros(3, 6).double()}, ["residual has dtype float64, want float32"]
+    yield "layer_norm", {"weight": torch.ones(7)}, [r"weight has shape \[7\], want \[6\]"]
+    yield "layer_norm", {"bias": torch.ones(6, dtype=INT32)}, ["bias has dtype int32, want float32"]
+    yield "layer_norm", {"eps": -1.0}, ["eps -1.000000, want finite and >= 0"]
+    for part in ("query", "key", "value"):
+        yield "attention", {part: tokens(t=4 if part == "query" else 5)[0].float()}, [f"{part} has dtype float32, want uint8"]
+        yield "attention", {f"{part}_scale": torch.ones(2), f"{part}_zero_point": torch.zeros(2, dtype=INT32)}, [rf"{part} has shape .* with scale \[2\], want .*one scale per token"]
+    yield "attention", named("key", tokens(n=3)), [r"key has shape \[3, 5, 6\], want \[2, 5, 6\] as query's batch and channels"]
+    yield "attention", named("value", tokens(t=6)), [r"value has shape \[2, 6, 6\], want key's \[2, 5, 6\]"]
+    yield "attention", {"heads": 4}, ["heads 4, want a divisor of query's 6 channels"]
+    yield "attention", {"heads": 0}, ["heads 0, want a divisor"]
+    yield "attention", {"scale": 0.0}, ["scale 0.000000, want finite and > 0"]
+    yield "attention", {**named("key", tokens(t=0)), **named("value", tokens(t=0))}, ["keys 0, .*want keys, heads and head_dim > 0"]
+    yield "attention", {**named("key", tokens(t=33001)), **named("value", tokens(t=33001))}, ["33001 keys of head_dim 3 overflow the int32 sums, want at most 33000"]
 
 
 @pytest.mark.parametrize("number", range(sum(1 for _ in cases())))

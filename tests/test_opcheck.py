@@ -78,6 +78,13 @@ def samples(batch=3):
     for factor in ([2], [3, 1]):
         yield "upsample_nearest2d", ops.upsample_nearest2d, (*x[:3], factor, factor == [2]), {}
     yield "max_pool2d", ops.max_pool2d, (*x[:3], [3], [2], [1], [1], True), {}
+    added, gain = torch.from_numpy(rng.normal(0, 1, (batch, 4, 6)).astype(np.float32)), torch.ones(6)
+    for strategy in (0, 1, 2, 3):
+        options = {"strategy": strategy, "predictor": predictor(strategy, linear) if strategy == 1 else None}
+        yield f"layer_norm {strategy}", ops.layer_norm, (*per_token[:3], added, gain, gain, 1e-6, True), {**options, "channel_stats": True}
+        yield f"layer_norm {strategy} of floats", ops.layer_norm, (added, None, None, None, None, None), options
+        if strategy:
+            yield f"attention {strategy}", ops.attention, (*per_token[:3] * 3, 2, 0.5), {**options, "channel_stats": True}
 
 
 SAMPLES = list(samples())
@@ -200,6 +207,9 @@ class EveryOp(torch.nn.Module):
             tokens = ops.quantize(image.flatten(2).transpose(1, 2).contiguous(), 2, channel_stats=True)
             z = ops.linear(*tokens, self.packed2, 5, strategy=strategy, predictor=getattr(self, f"predictor2_{strategy}", None))
             results += [ops.dequantize(*z[:3]), ops.moments(z[0], 2)]
+            *y, total = ops.layer_norm(*tokens[:3], ops.dequantize(*tokens[:3]), None, None, 1e-5, True, strategy=plain, predictor=chosen)
+            y = ops.attention(*y[:3], *tokens[:3], *tokens[:3], 2, 0.5, strategy=plain, predictor=chosen)
+            results += [ops.dequantize(*y[:3]), total]
         law = ops.surrogate_law(*x, *self.geometries[0], strategy=3, predictor=self.predictor0_3, gamma=1)
         return [*results, law, ops.pack_weight(self.weight2.reshape(5, 6), self.scale2)]
 

@@ -543,6 +543,94 @@ def test_upsample_nearest2d(factor, batch, height, width, channels, wild, channe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Transformers
+
+
+def tokens(rng, count, channels, wild=False, channel_stats=False) -> Codes:
+    """Codes [count, channels] with a scale per row."""
+    x = cases.random_codes(rng, (count, 1, 1, channels), wild, channel_stats)
+    return x._replace(q=x.q.reshape(count, channels))
+
+
+@pytest.mark.parametrize("strategy", ["none", *RANGES])
+@sweep(100)
+@given(
+    count=st.sampled_from([1, 2, 7, 0]), channels=st.sampled_from([*SIZES, 200]), from_codes=flags, residual=flags, affine=flags, keep_sum=flags,
+    eps=st.sampled_from([1e-5, 1e-6, 0.5]), wild=rarely, channel_stats=flags, shifted=rarely, seed=seeds,
+)  # fmt: skip
+def test_layer_norm(strategy, count, channels, from_codes, residual, affine, keep_sum, eps, wild, channel_stats, shifted, seed):
+    rng = np.random.default_rng(seed)
+    x = tokens(rng, count, channels, wild) if from_codes else oracle.f32(rng.normal(rng.normal(), 2.0 ** rng.uniform(-8, 8), (count, channels)))
+    if wild and not from_codes and count:
+        x[0, rng.integers(channels)] = rng.choice([np.nan, np.inf, -np.inf, 3e38, 0.0])
+    added = oracle.f32(rng.normal(0, 3, (count, channels))) if residual else None
+    weight, bias = (oracle.f32(rng.normal(1, 0.5, channels)) if affine else None for _ in range(2))
+    predictor = range_predictor(rng, strategy, 4.0, wild)
+    options = {"strategy": STRATEGIES[strategy], "channel_stats": channel_stats}
+    expected, total = oracle.layer_norm(x, added, weight, bias, eps, predictor=predictor, **options)
+    inputs = [torch.from_numpy(part) for part in x[:3]] if from_codes else [torch.from_numpy(x), None, None]
+    inputs += [None if part is None else torch.from_numpy(part) for part in (added, weight, bias)]
+    if shifted:
+        inputs = [None if part is None else misaligned(part) for part in inputs]
+    *outputs, kept = ops.layer_norm(*inputs, eps, keep_sum, predictor=predictor_tensor(predictor), **options)
+    assert_same(outputs[0].numpy() if strategy == "none" else Codes(*(part.numpy() for part in outputs)), expected, f"layer_norm {strategy}")
+    assert_same(kept.numpy(), total if keep_sum else np.zeros(0, dtype=np.float32), "its sum")
+
+
+def attend(query, key, value, batch, heads, scale, **options) -> Codes:
+    """torch.ops.probquant.attention on rows of tokens."""
+    tensors = [torch.from_numpy(part).reshape(batch, -1, *part.shape[1:]) for x in (query, key, value) for part in x[:3]]
+    outputs = ops.attention(*tensors, heads, scale, **options)
+    return Codes(*(part.flatten(0, 1).numpy() for part in outputs))
+
+
+@pytest.mark.parametrize("strategy", RANGES)
+@sweep(100)
+@given(
+    batch=st.sampled_from([1, 1, 2, 0]), queries=st.sampled_from([1, 2, 5, 6, 7, 23, 24, 25, 50, 0]), keys=st.sampled_from([*range(1, 10), *SIZES, 197]),
+    heads=st.sampled_from([1, 2, 3]), dim=st.sampled_from([1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 64]), sharpness=st.floats(0.01, 30), wild=rarely,
+    channel_stats=flags, seed=seeds,
+)  # fmt: skip
+def test_attention(strategy, batch, queries, keys, heads, dim, sharpness, wild, channel_stats, seed):
+    rng = np.random.default_rng(seed)
+    query, key, value = (tokens(rng, batch * count, heads * dim, wild) for count in (queries, keys, keys))
+    typical = [float(np.median(x.scale)) if len(x.scale) else 1.0 for x in (query, key)]
+    scale = abs(sharpness / (6000 * dim**0.5 * typical[0] * typical[1])) if np.isfinite(typical).all() else 0.1
+    scale = float(np.float32(np.clip(scale, 1e-30, 1e30)))
+    predictor = range_predictor(rng, strategy, 100.0, wild)
+    options = {"strategy": STRATEGIES[strategy], "channel_stats": channel_stats}
+    expected = oracle.attention(query, key, value, batch, heads, scale, predictor=predictor, **options) if batch * queries else None
+    if expected is None:  # nothing to compute: shapes only
+        sizes = [batch, queries, heads * dim], [batch, keys, heads * dim]
+        empty = [(torch.zeros(s, dtype=torch.uint8), torch.ones(s[:2]), torch.zeros(s[:2], dtype=torch.int32)) for s in (sizes[0], sizes[1], sizes[1])]
+        outputs = ops.attention(*empty[0], *empty[1], *empty[2], heads, scale, predictor=predictor_tensor(predictor), **options)
+        assert list(outputs[0].shape) == sizes[0] and outputs[1].shape == (batch, queries)
+        return
+    actual = attend(query, key, value, batch, heads, scale, predictor=predictor_tensor(predictor), **options)
+    assert_same(actual, expected, f"attention {strategy}")
+
+
+@pytest.mark.parametrize("code, zero_point", [(255, 0), (0, 255)])
+@pytest.mark.parametrize("keys, dim", [(33000, 2), (3, 33000)])
+def test_attention_sums_at_the_bound(keys, dim, code, zero_point):
+    def extreme(count):
+        return Codes(np.full((count, dim), code, dtype=np.uint8), oracle.f32([0.01] * count), np.full(count, zero_point, dtype=np.int32), None)
+
+    args = extreme(2), extreme(keys), extreme(keys), 1, 1, 1e-6
+    assert_same(attend(*args), oracle.attention(*args), "attention at the bound")
+
+
+def test_attention_is_close_to_torchs():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 50, 96, generator=generator) for _ in range(3))
+    heads = [x.reshape(2, 50, 3, 32).transpose(1, 2) for x in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 50, 96)
+    codes = [part for x in (query, key, value) for part in ops.quantize(x, 2)[:3]]
+    error = ops.dequantize(*ops.attention(*codes, 3, 32**-0.5)[:3]) - expected
+    assert float(error.pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()) < 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What never matters: the other samples of a batch, the threads; what always travels: NaN
 
 
@@ -564,6 +652,15 @@ def every_op(x: Codes, other: Codes, layer: Layer, depthwise: Layer):
         flat = layer._replace(weight=np.ascontiguousarray(layer.weight[:, :1, :1]), geometry=Geometry())
         predictor = predictor_tensor(cases.random_predictor(rng, number, flat, 100.0))
         yield f"linear {strategy}", list(ops.linear(*token_rows, packed(flat), channels, strategy=number, predictor=predictor, activation=1, gamma=1))
+    flat, added = rows(x, [n], [n, height * width * channels])[:3], torch.from_numpy(oracle.dequantize(other)).flatten(1)
+    token = [part.unsqueeze(1) for part in flat]
+    for number in (0, 1, 2, 3):  # a sample is a token
+        *outputs, total = ops.layer_norm(*flat, added, None, None, 1e-5, True, strategy=number, predictor=fixed if number == 1 else None)
+        yield f"layer_norm {number}", outputs
+        yield f"sum of layer_norm {number}", [total]
+        if number:
+            outputs = ops.attention(*token, *token, *token, height, 0.01, strategy=number, predictor=fixed if number == 1 else None)
+            yield f"attention {number}", [part.flatten(0, 1) for part in outputs]
     for number in (1, 2, 3):
         given_range = fixed if number == 1 else None
         widths = fixed if number == 1 else torch.tensor([3.0, 3.0, 0.5]) if number == 3 else None

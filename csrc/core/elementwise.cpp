@@ -17,13 +17,6 @@ void check_sizes(const char* op, int64_t samples, int64_t count, int64_t channel
           " channels do not fit together");
 }
 
-void check_range(const char* op, const RangeArguments& range, int64_t gaussian_size) {
-  require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian, op, ": strategy ",
-          static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
-  check_predictor(op, range.strategy, range.predictor, range.predictor_size,
-                  range.strategy == Strategy::fixed ? 2 : range.strategy == Strategy::gaussian ? gaussian_size : 0);
-}
-
 /// Real value of a code, and the range all 256 of them span.
 float code_value(int32_t q, const SampleEpilogue& e) { return e.x_scale * static_cast<float>(q - e.x_zero_point); }
 

@@ -55,4 +55,32 @@ void check_predictor(const char* op, Strategy strategy, const float* predictor, 
           static_cast<int64_t>(strategy), " wants ", wanted);
 }
 
+void check_range(const char* op, const RangeArguments& range, int64_t gaussian_size) {
+  require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian, op, ": strategy ",
+          static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
+  check_predictor(op, range.strategy, range.predictor, range.predictor_size,
+                  range.strategy == Strategy::fixed ? 2 : range.strategy == Strategy::gaussian ? gaussian_size : 0);
+}
+
+void quantize_row(const float* x, int64_t row, int64_t channels, bool valid, const RangeArguments& range, const QuantizedOutput& y) {
+  const QuantizeProblem problem{x, DType::float32, {1, 1, channels}, {channels, channels, 1}};
+  QParams qparams{kNan, 0};
+  if (valid && range.strategy == Strategy::fixed) {
+    qparams = fixed_qparams(range.predictor);
+  } else if (valid) {
+    float lo, hi;
+    kernels().float_range(problem, 0, 1, &lo, &hi);
+    qparams = qparams_from_range(lo, hi);
+  }
+  valid = valid_scale(qparams.scale);
+  y.scale[row] = valid ? qparams.scale : kNan;
+  y.zero_point[row] = valid ? qparams.zero_point : 0;
+  int64_t* stats = stats_row(y, row, channels);
+  std::fill_n(stats, stats_columns(channels, y.channel_stats), int64_t{0});
+  uint8_t* q = y.q + row * channels;
+  if (valid) return kernels().quantize(problem, 0, 1, 1.0f / qparams.scale, qparams.zero_point, q, stats, y.channel_stats);
+  std::fill_n(q, channels, uint8_t{0});
+  stats[kStatsClipped] = -1;
+}
+
 }  // namespace probquant

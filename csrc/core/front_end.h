@@ -66,5 +66,10 @@ void mark_invalid(const QuantizedOutput& y, int64_t samples, int64_t channels);
 QParams fixed_qparams(const float* predictor);
 /// Checks that a predictor has the size its strategy needs.
 void check_predictor(const char* op, Strategy strategy, const float* predictor, int64_t size, int64_t wanted);
+/// Checks the range of an op without weights; a gaussian predictor has gaussian_size values.
+void check_range(const char* op, const RangeArguments& range, int64_t gaussian_size);
+
+/// Quantizes one row [channels] that is a sample of its own: fixed, or its exact range. `valid`: the scales it was made from are.
+void quantize_row(const float* x, int64_t row, int64_t channels, bool valid, const RangeArguments& range, const QuantizedOutput& y);
 
 }  // namespace probquant

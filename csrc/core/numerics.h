@@ -197,4 +197,16 @@ PROBQUANT_HOST_DEVICE inline Code requantize(int32_t accumulator, float weight_s
   return round_to_code(clamp_f(t, s.activation_lo, s.activation_hi), s.y_zero_point);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums of floats
+
+/// The one order in which floats are summed: value i goes to lane i % 32, the lanes are joined by halves. Four vectors of
+/// AVX2, two of AVX-512, one warp.
+constexpr int kSumLanes = 32;
+PROBQUANT_HOST_DEVICE inline float join_lanes(float (&lanes)[kSumLanes]) {
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 }  // namespace probquant

@@ -14,17 +14,11 @@ struct Window {
   int64_t divisor;
 };
 
-void check_range(const RangeArguments& range) {
-  require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian,
-          "average pool: strategy ", static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
-  check_predictor("average pool", range.strategy, range.predictor, range.predictor_size, range.strategy == Strategy::fixed ? 2 : 0);
-}
-
 /// Average pooling over any windows: window_at(oy, ox).
 template <class WindowAt>
 void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width, const QuantizedInput& x,
              const RangeArguments& range, const QuantizedOutput& y, const Executor& executor, WindowAt window_at) {
-  check_range(range);
+  check_range("average pool", range, 0);
   if (batch == 0) return;
   clear_stats(y, batch, channels);
   std::vector<SampleEpilogue> epilogues(static_cast<size_t>(batch));

@@ -46,6 +46,74 @@ struct QuantizeProblem {
   int64_t size[3], stride[3];
 };
 
+/// A LayerNorm over rows of channels (see LayerNormArguments).
+struct LayerNormProblem {
+  int64_t channels;
+  const uint8_t* q;      ///< null: x_float is read
+  const float* x_float;
+  const float* residual; ///< null: none
+  const float* weight;   ///< null: ones
+  const float* bias;     ///< null: zeros
+  float eps;
+};
+
+/// Right-hand side of an int16 product: columns in blocks of 16, [block][inner / 2][16 columns][2 inner], zeros where there is
+/// nothing. 64 bytes are one operand of vpdpwssd, or two of AVX2's vpmaddwd, with a column per dword.
+struct PairLayout {
+  int64_t inner, columns;
+
+  static constexpr int64_t kColumns = 16;
+  int64_t pairs() const { return (inner + 1) / 2; }
+  int64_t blocks() const { return (columns + kColumns - 1) / kColumns; }
+  int64_t block_size() const { return pairs() * kColumns * 2; }
+  int64_t size() const { return blocks() * block_size(); }
+  int64_t offset(int64_t k, int64_t column) const {
+    return column / kColumns * block_size() + (k / 2 * kColumns + column % kColumns) * 2 + k % 2;
+  }
+};
+
+/// An attention, ready to run on images [image_begin, ...) whose keys and values are packed: centred on their zero points, per
+/// image and head first the keys (inner: head_dim, columns: keys), then the values (inner: keys, columns: head_dim).
+struct AttentionProblem {
+  AttentionShape shape;
+  QuantizedInput query, key, value;
+  float scale;
+  int16_t* packed;
+  int64_t image_begin = 0;
+
+  PairLayout keys() const { return {shape.head_dim, shape.keys}; }
+  PairLayout values() const { return {shape.keys, shape.head_dim}; }
+  int16_t* packed_keys(int64_t image, int64_t head) const {
+    return packed + ((image - image_begin) * shape.heads + head) * (keys().size() + values().size());
+  }
+  int16_t* packed_values(int64_t image, int64_t head) const { return packed_keys(image, head) + keys().size(); }
+};
+
+/// Queries that one call of the attention kernel takes, at most: their logits of a head stay in L1 or L2.
+inline constexpr int64_t kAttentionQueries = 24;
+
+/// What a call works in, for kAttentionQueries queries of one head. Rows are padded so that vectors of 32 values fit.
+struct AttentionScratch {
+  int64_t key_stride, dim_stride;
+  float* logits;       ///< [queries][key_stride]: int32 products, logits, weights in turn
+  int32_t* products;   ///< [queries][dim_stride]: of weights and values
+  int16_t* query;      ///< [queries][dim_stride]: centred
+  int16_t* weights;    ///< [queries][key_stride]: in 8 bits
+  float* factors;      ///< [queries]: of the products
+
+  AttentionScratch(const AttentionShape& s, void* memory) : key_stride(padded(s.keys)), dim_stride(padded(s.head_dim)) {
+    logits = static_cast<float*>(memory);
+    products = reinterpret_cast<int32_t*>(logits + kAttentionQueries * key_stride);
+    query = reinterpret_cast<int16_t*>(products + kAttentionQueries * dim_stride);
+    weights = query + kAttentionQueries * dim_stride;
+    factors = reinterpret_cast<float*>(weights + kAttentionQueries * key_stride);
+  }
+  static int64_t bytes(const AttentionShape& s) { return kAttentionQueries * (6 * padded(s.keys) + 6 * padded(s.head_dim) + 4); }
+
+ private:
+  static int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+};
+
 using LayerKernel = void (*)(const LayerProblem&, const LayerRange&);
 
 /// The three ways to run a layer over a range.
@@ -92,6 +160,13 @@ struct Kernels {
   /// share * (sum - offset) in real units: the range of averages, and the averages requantized (returns how many clipped).
   void (*average_range)(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue&, float* lo, float* hi);
   int64_t (*average)(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue&, uint8_t* y);
+
+  /// One row: its sum with the residual, and that normalised. `x` are the parameters of its codes.
+  void (*layer_norm)(const LayerNormProblem&, int64_t row, QParams x, float* sum, float* y);
+  /// Packs the keys and the values of one head.
+  void (*attention_pack)(const AttentionProblem&, int64_t image, int64_t head);
+  /// Queries [begin, end) of an image, every head: y [end - begin, heads * head_dim].
+  void (*attention)(const AttentionProblem&, int64_t image, int64_t begin, int64_t end, const AttentionScratch&, float* y);
 };
 
 /// The scalar table, complete: the normative answer.

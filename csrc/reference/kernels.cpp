@@ -228,12 +228,81 @@ int64_t average(const int32_t* sums, int64_t count, int32_t offset, float share,
   return clipped;
 }
 
+/// sum of value(i) over [0, count), in the order of kSumLanes.
+template <class Value>
+float sum_in_lanes(int64_t count, Value value) {
+  float lanes[kSumLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i % kSumLanes] = value(i, lanes[i % kSumLanes]);
+  return join_lanes(lanes);
+}
+
+void layer_norm(const LayerNormProblem& p, int64_t row, QParams x, float* sum, float* y) {
+  const int64_t at = row * p.channels;
+  const auto n = static_cast<float>(p.channels);
+  for (int64_t i = 0; i < p.channels; ++i) {
+    const float residual = p.residual ? p.residual[at + i] : 0.0f;
+    sum[i] = p.q ? fmaf(static_cast<float>(p.q[at + i] - x.zero_point), x.scale, residual) : p.x_float[at + i] + residual;
+  }
+  const float mean = sum_in_lanes(p.channels, [&](int64_t i, float total) { return total + sum[i]; }) / n;
+  const float variance = sum_in_lanes(p.channels, [&](int64_t i, float total) { return fmaf(sum[i] - mean, sum[i] - mean, total); }) / n;
+  const float factor = 1.0f / sqrtf(variance + p.eps);
+  for (int64_t i = 0; i < p.channels; ++i)
+    y[i] = fmaf((sum[i] - mean) * factor, p.weight ? p.weight[i] : 1.0f, p.bias ? p.bias[i] : 0.0f);
+}
+
+void attention_pack(const AttentionProblem& p, int64_t image, int64_t head) {
+  const PairLayout keys = p.keys(), values = p.values();
+  int16_t *packed_keys = p.packed_keys(image, head), *packed_values = p.packed_values(image, head);
+  std::fill_n(packed_keys, keys.size(), int16_t{0});
+  std::fill_n(packed_values, values.size(), int16_t{0});
+  for (int64_t j = 0; j < p.shape.keys; ++j) {
+    const int64_t token = image * p.shape.keys + j, at = token * p.shape.channels() + head * p.shape.head_dim;
+    for (int64_t d = 0; d < p.shape.head_dim; ++d) {
+      packed_keys[keys.offset(d, j)] = static_cast<int16_t>(p.key.q[at + d] - clamp_zero_point(p.key.zero_point[token]));
+      packed_values[values.offset(j, d)] = static_cast<int16_t>(p.value.q[at + d] - clamp_zero_point(p.value.zero_point[token]));
+    }
+  }
+}
+
+void attention(const AttentionProblem& p, int64_t image, int64_t begin, int64_t end, const AttentionScratch& scratch, float* y) {
+  const AttentionShape& s = p.shape;
+  const float *key_scale = p.key.scale + image * s.keys, *value_scale = p.value.scale + image * s.keys;
+  float* w = scratch.logits;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t head = 0; head < s.heads; ++head) {
+      const int16_t *keys = p.packed_keys(image, head), *values = p.packed_values(image, head);
+      const int64_t token = image * s.queries + i;
+      const uint8_t* query = p.query.q + token * s.channels() + head * s.head_dim;
+      const int32_t zero_point = clamp_zero_point(p.query.zero_point[token]);
+      float largest = -kInfinity, most = 0.0f;
+      for (int64_t j = 0; j < s.keys; ++j) {
+        int32_t sum = 0;
+        for (int64_t d = 0; d < s.head_dim; ++d) sum += (query[d] - zero_point) * keys[p.keys().offset(d, j)];
+        w[j] = static_cast<float>(sum) * key_scale[j];
+        largest = max_f(w[j], largest);
+      }
+      const float factor = p.query.scale[token] * p.scale;
+      const float total = sum_in_lanes(s.keys, [&](int64_t j, float partial) {
+        const float e = exp_f((w[j] - largest) * factor);
+        w[j] = e * value_scale[j];
+        most = max_f(w[j], most);
+        return partial + e;
+      });
+      for (int64_t d = 0; d < s.head_dim; ++d) {
+        int32_t sum = 0;
+        for (int64_t j = 0; j < s.keys; ++j)
+          sum += static_cast<int32_t>(rintf(clamp_f(w[j] * (255.0f / most), 0.0f, 255.0f))) * values[p.values().offset(j, d)];
+        y[(i - begin) * s.channels() + head * s.head_dim + d] = static_cast<float>(sum) * (most / 255.0f / total);
+      }
+    }
+}
+
 }  // namespace
 
 const Kernels kReferenceKernels = {
     "reference",      {layer_quantized, layer_float, layer_accumulate}, {layer_quantized, layer_float, layer_accumulate},
     layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add,
-    window_max,       window_sums, average_range, average};
+    window_max,       window_sums, average_range, average, layer_norm, attention_pack, attention};
 
 void atomic_widen(float* range, float lo, float hi) {
   float seen;

@@ -1,5 +1,5 @@
 // Fuzzes the kernels of every instruction set that this machine has against the reference table: depthwise layers, patch
-// sums, quantize, dequantize, moments, mark_codes, lookup, add, pooling windows. Every buffer ends at an unmapped page, outputs are
+// sums, quantize, dequantize, moments, mark_codes, lookup, add, pooling windows, LayerNorm, attention. Every buffer ends at an unmapped page, outputs are
 // compared byte by byte, written ranges included.
 //
 //   fuzz_elementwise [seed] [cases, or seconds with a trailing s] [isa]
@@ -471,8 +471,71 @@ void fuzz_pool(Random& random, const Kernels& table, Case& c) {
   c.compare("clipped", clipped_expected, clipped);
 }
 
+void fill_floats(Random& random, Guarded<float>& values) {
+  const float spread = std::ldexp(1.0f, static_cast<int>(random.range(-6, 6))), shift = random.uniform(-3.0f, 3.0f);
+  for (int64_t i = 0; i < values.size(); ++i) values[i] = shift + spread * random.uniform(-1.0f, 1.0f);
+}
+
+void fuzz_layer_norm(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.range(1, 3), row = random.range(0, rows - 1);
+  const bool codes = random.chance(2), residual = random.chance(2), affine = random.chance(2);
+  c.text = "layer_norm";
+  c.add("channels", channels), c.add("row", row), c.add("codes", codes), c.add("residual", residual), c.add("affine", affine);
+  Guarded<uint8_t> q(rows * channels);
+  Guarded<float> x(rows * channels), added(rows * channels), weight(channels), bias(channels);
+  fill_codes(random, q);
+  for (Guarded<float>* values : {&x, &added, &weight, &bias}) fill_floats(random, *values);
+  const LayerNormProblem p{channels, codes ? q.data() : nullptr, x.data(), residual ? added.data() : nullptr, affine ? weight.data() : nullptr,
+                           affine ? bias.data() : nullptr, 1e-5f};
+  const QParams qparams{some_scale(random), static_cast<int32_t>(random.range(0, 255))};
+  Guarded<float> sum(channels), sum_expected(channels), y(channels), y_expected(channels);
+  kReferenceKernels.layer_norm(p, row, qparams, sum_expected.data(), y_expected.data());
+  table.layer_norm(p, row, qparams, sum.data(), y.data());
+  c.compare("sum", sum_expected, sum);
+  c.compare("y", y_expected, y);
+}
+
+void fuzz_attention(Random& random, const Kernels& table, Case& c) {
+  const int64_t head_dim = random.chance(2) ? some_channels(random) : random.chance(20) ? random.range(250, 600) : random.range(1, 40);
+  const AttentionShape shape{random.range(1, 2), random.range(1, 40), random.chance(2) ? some_channels(random) : random.range(1, 40), random.range(1, 3), head_dim};
+  const int64_t image = random.range(0, shape.batch - 1), begin = random.range(0, shape.queries - 1);
+  const int64_t end = random.range(begin + 1, std::min(shape.queries, begin + kAttentionQueries));
+  c.text = "attention";
+  c.add("batch", shape.batch), c.add("queries", shape.queries), c.add("keys", shape.keys), c.add("heads", shape.heads), c.add("head_dim", head_dim);
+  c.add("image", image), c.add("begin", begin), c.add("end", end);
+  const int64_t queries = shape.batch * shape.queries, keys = shape.batch * shape.keys;
+  Guarded<uint8_t> q(queries * shape.channels()), k(keys * shape.channels()), v(keys * shape.channels());
+  Guarded<float> q_scale(queries), k_scale(keys), v_scale(keys);
+  Guarded<int32_t> q_zero(queries), k_zero(keys), v_zero(keys);
+  for (Guarded<uint8_t>* codes : {&q, &k, &v}) fill_codes(random, *codes);
+  for (Guarded<float>* scales : {&q_scale, &k_scale, &v_scale})
+    for (int64_t i = 0; i < scales->size(); ++i) (*scales)[i] = some_scale(random);
+  for (Guarded<int32_t>* zeros : {&q_zero, &k_zero, &v_zero})
+    for (int64_t i = 0; i < zeros->size(); ++i) (*zeros)[i] = static_cast<int32_t>(random.range(-3, 258));
+  const auto input = [](Guarded<uint8_t>& codes, Guarded<float>& scale, Guarded<int32_t>& zero_point) {
+    QuantizedInput x;
+    x.q = codes.data(), x.scale = scale.data(), x.zero_point = zero_point.data();
+    return x;
+  };
+  AttentionProblem p{shape, input(q, q_scale, q_zero), input(k, k_scale, k_zero), input(v, v_scale, v_zero), random.uniform(1e-5f, 0.01f), nullptr};
+  const int64_t packed_size = shape.batch * shape.heads * (p.keys().size() + p.values().size());
+  Guarded<int16_t> packed(packed_size), packed_expected(packed_size);
+  Guarded<char> scratch(AttentionScratch::bytes(shape)), scratch_expected(scratch.size());
+  Guarded<float> y((end - begin) * shape.channels()), y_expected(y.size());
+  const auto run = [&](const Kernels& kernels, Guarded<int16_t>& keys_and_values, Guarded<char>& memory, Guarded<float>& out) {
+    p.packed = keys_and_values.data();
+    for (int64_t i = 0; i < shape.batch; ++i)
+      for (int64_t head = 0; head < shape.heads; ++head) kernels.attention_pack(p, i, head);
+    kernels.attention(p, image, begin, end, AttentionScratch(shape, memory.data()), out.data());
+  };
+  run(kReferenceKernels, packed_expected, scratch_expected, y_expected);
+  run(table, packed, scratch, y);
+  c.compare("packed", packed_expected, packed);
+  c.compare("y", y_expected, y);
+}
+
 using Fuzz = void (*)(Random&, const Kernels&, Case&);
-constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add, fuzz_pool};
+constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add, fuzz_pool, fuzz_layer_norm, fuzz_attention};
 constexpr int64_t kFuzzerCount = sizeof kFuzzers / sizeof kFuzzers[0];
 
 int run(uint64_t seed, int64_t cases, double seconds, const std::string& only) {

@@ -144,6 +144,50 @@ PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t 
 PROBQUANT_API void concat(const QuantizedInput* inputs, const int64_t* channels, int64_t input_count, int64_t samples,
                           int64_t positions, const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
 
+/// Everything of a LayerNorm over the last dimension of [rows, channels] but its sizes. Every row has its own scale in and out.
+struct LayerNormArguments {
+  QuantizedInput x;               ///< codes with one scale per row; q == nullptr: x_float is read
+  const float* x_float = nullptr;
+  const float* residual = nullptr;  ///< added to x in front of the norm, null: none
+  const float* weight = nullptr;    ///< gamma [channels], null: ones
+  const float* bias = nullptr;      ///< beta [channels], null: zeros
+  float eps = 0;
+  RangeArguments range;      ///< none: y_float is written; fixed; dynamic and gaussian (predictor []): the row's exact range
+  QuantizedOutput y;         ///< every strategy but none
+  float* y_float = nullptr;  ///< Strategy::none
+  float* sum = nullptr;      ///< x + residual in float32: what the next residual connection reads. Null: not wanted
+};
+
+/// sum = x + residual; y = (sum - mean) / sqrt(variance + eps) * weight + bias, per row (Ba et al., arXiv 1607.06450). A row stays in
+/// L1 from its first read to its last write, so that its range is exact at no cost worth predicting.
+PROBQUANT_API void layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& arguments, const Executor& executor);
+
+/// Sizes of an attention: query [batch, queries, heads * head_dim], key and value [batch, keys, heads * head_dim].
+struct AttentionShape {
+  int64_t batch = 0, queries = 0, keys = 0, heads = 0, head_dim = 0;
+
+  int64_t channels() const { return heads * head_dim; }
+};
+
+/// Longest head and longest key sequence: their int32 sums of products of two codes cannot overflow.
+inline constexpr int64_t kMaxAttentionSum = 33000;
+
+struct AttentionArguments {
+  QuantizedInput query, key, value;  ///< one scale per token
+  float scale = 0;                   ///< of the logits, > 0; 1 / sqrt(head_dim) as a rule
+  RangeArguments range;              ///< fixed; dynamic and gaussian (predictor []): the token's exact range
+  QuantizedOutput y;                 ///< [batch, queries, heads * head_dim], one scale per token
+  void* workspace = nullptr;         ///< attention_workspace_bytes bytes, 64-byte aligned for full speed
+};
+
+/// y = softmax(scale * query key^T) value per head (Vaswani et al., arXiv 1706.03762), both products in int32. Logits exist for a few
+/// queries of one head at a time, as in FlashAttention (arXiv 2205.14135). The scales of the values' tokens go into the attention
+/// weights, which get 8 bits per query: no value is rounded a second time.
+PROBQUANT_API void attention(const AttentionShape& shape, const AttentionArguments& arguments, const Executor& executor);
+
+/// Keys and values in 16 bits, of as many images as the executor has threads.
+PROBQUANT_API int64_t attention_workspace_bytes(const AttentionShape& shape, const Executor& executor);
+
 /// Pooling window; `shape` uses batch, in_*, kernel, stride, padding, dilation; groups and out_channels are ignored.
 /// Max pooling passes scale and zero point through (padding never wins). Average pooling takes an exact integer sum
 /// and rounds once; dynamic and gaussian give it the exact range of its result, fixed the given one.
