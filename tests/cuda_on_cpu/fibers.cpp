@@ -1,5 +1,8 @@
 #include "fibers.h"
 
+#include "instructions.h"
+#include "memory.h"
+
 #include <sys/mman.h>
 
 #include <cstring>
@@ -112,8 +115,7 @@ struct Fiber {
   Identity identity;
   Context context;
   State state = State::runnable;
-  Site site{"", 0};              ///< where it waits
-  uint64_t received[kWarp] = {};  ///< of its last collective
+  Site site{"", 0};  ///< where it waits
 };
 
 /// Lanes of a warp that have arrived at one collective.
@@ -121,22 +123,10 @@ struct Collective {
   unsigned warp;
   uint32_t mask, arrived;
   Site site;
-  uint64_t values[kWarp];
+  void* records[kWarp];
 };
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
-
-std::string text(Site site) {
-  const char* slash = std::strrchr(site.file, '/');
-  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
-}
-
-uint64_t next_random(uint64_t& state) {  // splitmix64
-  uint64_t z = state += 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
+bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0 && std::strcmp(a.what, b.what) == 0; }
 
 class Block {
  public:
@@ -153,6 +143,8 @@ class Block {
     running_ = this;
     runnable_.clear();
     at_barrier_ = ended_ = 0;
+    memory_block_begins(threads(), random_);
+    copies_block_begins(threads());
     for (size_t i = 0; i < fibers_.size(); ++i) {
       fibers_[i].identity.block = index;
       fibers_[i].state = State::runnable;
@@ -179,6 +171,7 @@ class Block {
     __sanitizer_finish_switch_fiber(nullptr, &main_.stack_bottom, &main_.stack_bytes);  // fibers start from the main stack
 #endif
     thread_();
+    copies_thread_ends();
     now_->state = State::ended;
     ++ended_;
     if (at_barrier_ > 0) fail("a thread ends while " + std::to_string(at_barrier_) + " wait at " + text(barrier_site_));
@@ -188,47 +181,59 @@ class Block {
     switch_context(now_->context, main_, true);
   }
 
-  void barrier(Site site) {
-    if (ended_ > 0) return fail_here("__syncthreads at " + text(site) + " after " + std::to_string(ended_) + " threads of the block have ended");
+  unsigned barrier(const Site& site, bool value) {
+    if (ended_ > 0) fail_here("__syncthreads at " + text(site) + " after " + std::to_string(ended_) + " threads of the block have ended");
     if (at_barrier_ > 0 && !same(site, barrier_site_))
-      return fail_here("a barrier in divergent code: threads are at " + text(barrier_site_) + " and at " + text(site));
+      fail_here("a barrier in divergent code: threads are at " + text(barrier_site_) + " and at " + text(site));
     barrier_site_ = site;
-    if (++at_barrier_ < fibers_.size()) return wait(State::at_barrier, site);
+    barrier_count_ += value;
+    if (++at_barrier_ < fibers_.size()) {
+      wait(State::at_barrier, site);
+      return barrier_result_;
+    }
     at_barrier_ = 0;
+    barrier_result_ = barrier_count_;
+    barrier_count_ = 0;
+    memory_barrier();
     for (Fiber& fiber : fibers_)
       if (fiber.state == State::at_barrier) wake(fiber);
     yield();
+    return barrier_result_;
   }
 
-  const uint64_t* exchange(uint32_t mask, uint64_t value, Site site) {
+  void collective(uint32_t mask, void* record, const Site& site, Combine combine) {
     const unsigned lane = now_->identity.lane, warp = now_->identity.warp;
-    if (!(mask >> lane & 1u)) {
-      fail_here("lane " + std::to_string(lane) + " is not in its own mask at " + text(site));
-      return now_->received;
-    }
+    if (!(mask >> lane & 1u)) fail_here("lane " + std::to_string(lane) + " is not in its own mask at " + text(site));
     for (unsigned other = 0; other < kWarp; ++other)
-      if ((mask >> other & 1u) && (warp * kWarp + other >= fibers_.size() || fiber(warp, other).state == State::ended)) {
+      if ((mask >> other & 1u) && (warp * kWarp + other >= fibers_.size() || fiber(warp, other).state == State::ended))
         fail_here("the mask at " + text(site) + " names lane " + std::to_string(other) + ", which has ended or does not exist");
-        return now_->received;
-      }
     auto c = collectives_.begin();
     while (c != collectives_.end() && !(c->warp == warp && c->mask == mask && same(c->site, site))) ++c;
     if (c == collectives_.end()) c = collectives_.insert(c, Collective{warp, mask, 0, site, {}});
     c->arrived |= 1u << lane;
-    c->values[lane] = value;
-    if (c->arrived != mask) {
-      wait(State::at_collective, site);
-      return now_->received;
-    }
-    for (unsigned other = 0; other < kWarp; ++other) {
-      if (!(mask >> other & 1u)) continue;
-      Fiber& f = fiber(warp, other);
-      std::memcpy(f.received, c->values, sizeof f.received);
-      if (f.state == State::at_collective) wake(f);
-    }
+    c->records[lane] = record;
+    if (c->arrived != mask) return wait(State::at_collective, site);
+    combine(mask, c->records);
     collectives_.erase(c);
+    for (unsigned other = 0; other < kWarp; ++other)
+      if ((mask >> other & 1u) && fiber(warp, other).state == State::at_collective) wake(fiber(warp, other));
     yield();
-    return now_->received;
+  }
+
+  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
+  Stack stack() const {
+    const uint8_t* begin = stacks_ + static_cast<size_t>(now_ - fibers_.data()) * kStackBytes;
+    return {begin, begin + kStackBytes};
+  }
+  /// The block goes no further: run() throws, on its own stack.
+  [[noreturn]] void fail_here(const std::string& what) {
+    fail(what);
+    switch_context(now_->context, main_);
+    __builtin_unreachable();
+  }
+  std::string who() const {
+    const Size& t = now_->identity.thread;
+    return "thread " + std::to_string(t.x) + (t.y || t.z ? "," + std::to_string(t.y) + "," + std::to_string(t.z) : "");
   }
 
  private:
@@ -273,11 +278,6 @@ class Block {
   void fail(const std::string& what) {
     if (violation_.empty()) violation_ = what;
   }
-  /// The block goes no further: run() throws, on its own stack.
-  void fail_here(const std::string& what) {
-    fail(what);
-    switch_context(now_->context, main_);
-  }
   std::string deadlock() const {
     for (const Fiber& f : fibers_)
       if (f.state == State::at_barrier || f.state == State::at_collective)
@@ -296,6 +296,7 @@ class Block {
   Context main_;
   Fiber* now_ = nullptr;
   size_t at_barrier_ = 0, ended_ = 0;
+  unsigned barrier_count_ = 0, barrier_result_ = 0;
   Site barrier_site_{"", 0};
   std::string violation_;
 };
@@ -318,12 +319,33 @@ Counters& counters() {
   return result;
 }
 
-void block_barrier(Site site) { Block::running().barrier(site); }
+std::string text(const Site& site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return (*site.what ? std::string(site.what) + " at " : "") + (slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
 
-const uint64_t* warp_exchange(uint32_t mask, uint64_t value, Site site) { return Block::running().exchange(mask, value, site); }
+uint64_t next_random(uint64_t& state) {  // splitmix64
+  uint64_t z = state += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+void violate(const std::string& what) { Block::running().fail_here(Block::running().who() + ": " + what); }
+
+void block_barrier(const Site& site) { Block::running().barrier(site, false); }
+
+unsigned block_barrier_count(bool value, const Site& site) { return Block::running().barrier(site, value); }
+
+void warp_collective(uint32_t mask, void* record, const Site& site, Combine combine) { Block::running().collective(mask, record, site, combine); }
+
+unsigned block_threads() { return Block::running().threads(); }
+
+Stack current_stack() { return Block::running().stack(); }
 
 void run_grid(const char* kernel, Size grid, Size block, const std::function<void()>& thread) {
   Block runner(kernel, grid, block, thread, options().seed);
+  memory_launch_begins();
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint32_t> order(blocks);
   std::iota(order.begin(), order.end(), 0u);

@@ -1,12 +1,14 @@
 // Runs the CUDA kernels of csrc/cuda on the CPU and compares every byte they write with what the CPU kernels write: quantize,
-// dequantize and moments, over odd shapes, layouts, dtypes and special values. Guard bytes around every buffer must stay.
+// dequantize and moments, over odd shapes, layouts, dtypes and special values.
 //
 //   kernels_test [forward|backward|random] [seed]        exit status 0 if all is equal
+#include <cuda_runtime.h>
 #include <probquant/cuda.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -25,33 +27,37 @@ void fail(const std::string& what) {
   if (++failures <= 20) std::printf("failed: %s\n", what.c_str());
 }
 
-/// A buffer of exactly `bytes` bytes on the heap (so that AddressSanitizer sees its ends) or, without it, with guards; filled with
-/// garbage, so that a value nobody wrote differs between two runs.
+/// Device memory of exactly `bytes` bytes, which the host can use, too; filled with garbage, so that a value nobody wrote differs
+/// between two runs.
 class Buffer {
  public:
-  Buffer(int64_t bytes, uint8_t garbage) : bytes_(static_cast<size_t>(bytes)), garbage_(garbage), data_(bytes_ + 2 * kGuard, garbage) {}
-  ~Buffer() {
-    for (size_t i = 0; i < kGuard; ++i)
-      if (data_[i] != garbage_ || data_[kGuard + bytes_ + i] != garbage_) {
-        fail("guard bytes were overwritten");
-        break;
-      }
+  Buffer(int64_t bytes, uint8_t garbage) : bytes_(static_cast<size_t>(bytes)) {
+    void* data = nullptr;
+    if (cudaMalloc(&data, bytes_) != cudaSuccess) throw std::bad_alloc();
+    data_.reset(static_cast<uint8_t*>(data));
+    std::memset(data, garbage, bytes_);
+  }
+  /// A copy; null of null.
+  template <class T>
+  Buffer(const T* values, int64_t count) : Buffer(values ? count * static_cast<int64_t>(sizeof(T)) : 0, uint8_t{0}) {
+    if (values) {
+      std::memcpy(data_.get(), values, bytes_);
+    } else {
+      data_.reset();
+    }
   }
   template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(data_.data() + kGuard);
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
   }
-  bool same(Buffer& other) { return bytes_ == 0 || std::memcmp(as<char>(), other.as<char>(), bytes_) == 0; }
+  bool same(const Buffer& other) const { return bytes_ == 0 || std::memcmp(as<char>(), other.as<char>(), bytes_) == 0; }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kGuard = 0;
-#else
-  static constexpr size_t kGuard = 64;
-#endif
+  struct Free {
+    void operator()(uint8_t* data) const { cudaFree(data); }
+  };
   size_t bytes_;
-  uint8_t garbage_;
-  std::vector<uint8_t> data_;
+  std::unique_ptr<uint8_t, Free> data_;
 };
 
 uint32_t random_bits() {
@@ -136,7 +142,8 @@ void test_quantize(const Shape& s, DType dtype, Layout layout, Values values, bo
   Outputs wanted(s, channel_stats, 0x11), got(s, channel_stats, 0xee);
   quantize(x.view, scale, zero_point, wanted.pointers(), serial_executor());
   Buffer workspace(cuda::quantize_workspace_bytes(x.view, scale != nullptr), 0xcc);
-  cuda::quantize(x.view, scale, zero_point, got.pointers(), workspace.as<void>(), nullptr);
+  const Buffer device_scale(scale, 1), device_zero_point(zero_point, 1);
+  cuda::quantize(x.view, device_scale.as<float>(), device_zero_point.as<int32_t>(), got.pointers(), workspace.as<void>(), nullptr);
   const std::string what = "quantize " + text(s) + " " + name(dtype) + ", " + kValueNames[static_cast<int>(values)] + ", layout " +
                            std::to_string(static_cast<int>(layout)) + (channel_stats ? ", channel stats" : "") + (scale ? ", given scale" : "");
   if (!wanted.scale.same(got.scale)) fail(what + ": scale");

@@ -3,14 +3,12 @@ the budgets below. Needs nvcc, no GPU."""
 
 import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from conftest import CSRC
 
-CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 
 # Kernel instances, registers per thread and bytes of static shared memory, at most. 64 registers let four blocks of 256
@@ -18,26 +16,18 @@ ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 BUDGETS = {"dequantize": (3, 40, 0), "moments": (1, 64, 2240), "quantize": (3, 64, 2304), "range": (3, 40, 64)}
 
 
-def nvcc():
-    candidates = [os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    found = next((path for name in candidates if name and (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no nvcc found (CUDACXX, nvcc)")
+@pytest.fixture(scope="module")
+def reports(nvcc, tmp_path_factory):
+    """ptxas's report of every file."""
     if not CSRC.exists():
         pytest.skip(f"{CSRC} is not there: run the tests from the source tree")
-    return found
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """ptxas's report of every file."""
-    compiler, folder = nvcc(), tmp_path_factory.mktemp("static")
-    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    folder = tmp_path_factory.mktemp("static")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES if f"compute_{arch}\n" in known]
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", "-fatbin", f"-I{CSRC / 'include'}"]
 
     def compile_file(name):
-        command = [compiler, *flags, *targets, CSRC / "cuda" / f"{name}.cu", "-o", folder / f"{name}.fatbin"]
+        command = [nvcc, *flags, *targets, CSRC / "cuda" / f"{name}.cu", "-o", folder / f"{name}.fatbin"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stderr

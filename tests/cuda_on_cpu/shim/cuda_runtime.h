@@ -5,7 +5,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "../fibers.h"
+#include "../cudart.h"
+#include "../instructions.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Language
@@ -25,12 +26,11 @@ inline void __syncthreads(CUDA_ON_CPU_SITE) { ::cuda_on_cpu::block_barrier(site)
 
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, CUDA_ON_CPU_SITE) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "CUDA shuffles 4 or 8 bytes");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  const unsigned source = ::cuda_on_cpu::current.lane ^ static_cast<unsigned>(lane_mask);
-  const uint64_t* of_all = ::cuda_on_cpu::warp_exchange(mask, bits, site);
-  std::memcpy(&value, of_all + source % 32, sizeof value);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA shuffles 4 or 8 bytes");
+  uint32_t words[sizeof(T) / 4];
+  std::memcpy(words, &value, sizeof value);
+  for (uint32_t& word : words) word = ::cuda_on_cpu::shuffle(::cuda_on_cpu::Shuffle::bfly, mask, word, static_cast<uint32_t>(lane_mask), 31, site).value;
+  std::memcpy(&value, words, sizeof value);
   return value;
 }
 
@@ -43,31 +43,46 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Run-time library. Streams run at once; device memory is memory.
+// Run-time library: cudart.cpp
 
 #define CUDART_VERSION 13000
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlock = 8,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 using cudaStream_t = struct CUstream_st*;
 
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU's stand-in for CUDA"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
-  return cudaSuccess;
+extern "C" {
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaMalloc(void** data, size_t bytes);
+cudaError_t cudaFree(void* data);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaGetDevice(int* index);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 }
 
 struct dim3 : ::cuda_on_cpu::Size {
@@ -82,9 +97,7 @@ struct cudaLaunchConfig_t {
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  const dim3 grid = config->gridDim, block = config->blockDim;
-  if (grid.x == 0 || grid.x > 0x7fffffffu || block.x == 0 || block.x > 1024 || config->dynamicSmemBytes != 0) return cudaErrorInvalidConfiguration;
   const std::tuple<Parameters...> values(arguments...);
-  ::cuda_on_cpu::run_grid("kernel", grid, block, [&] { std::apply(kernel, values); });
-  return cudaSuccess;
+  return static_cast<cudaError_t>(::cuda_on_cpu::launch("kernel", reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, 1024, 0,
+                                                        config->dynamicSmemBytes, config->stream, [&] { std::apply(kernel, values); }));
 }
