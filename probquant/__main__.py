@@ -122,26 +122,32 @@ def info(args: argparse.Namespace) -> int:
 # ---- shared by the commands ----
 
 
-def _model(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
-    """The float32 model that the user named, with its weights, in eval mode, and the preprocessing of its input."""
-    if args.model in BUILT_IN:
-        make, default = BUILT_IN[args.model]
+def named_model(name: str, weights: str | None = None) -> tuple[nn.Module, Preprocessing]:
+    """The float32 model with this name (``MODEL_HELP``), with its weights, in eval mode, and the preprocessing of its input."""
+    if name in BUILT_IN:
+        make, preprocessing = BUILT_IN[name]
     else:
-        module, _, name = args.model.partition(":")
-        if not name:
-            raise ValueError(f"MODEL must be one of {', '.join(BUILT_IN)} or package.module:callable, got {args.model!r}")
-        make, default = getattr(importlib.import_module(module), name, None), Preprocessing()
+        module, _, function = name.partition(":")
+        if not function:
+            raise ValueError(f"MODEL must be one of {', '.join(BUILT_IN)} or package.module:callable, got {name!r}")
+        make, preprocessing = getattr(importlib.import_module(module), function, None), Preprocessing()
         if not callable(make):
-            raise ValueError(f"{module!r} has no callable {name!r}")
+            raise ValueError(f"{module!r} has no callable {function!r}")
     model = make()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{args.model} returned {type(model).__name__}, not a torch.nn.Module")
-    if args.weights:
-        _load_weights(model, args.weights)
+        raise TypeError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
+    if weights:
+        _load_weights(model, weights)
+    return model.eval(), preprocessing
+
+
+def _model(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
+    """The model that the user named, and the preprocessing of its input with what the user changed."""
+    model, default = named_model(args.model, args.weights)
     crop = args.input_size or default.crop
     resize = args.resize or (default.resize if crop == default.crop else round(crop / 0.875))
     mean, std = (tuple(given) if given else preset for given, preset in ((args.mean, default.mean), (args.std, default.std)))
-    return model.eval(), Preprocessing(resize, crop, mean, std)
+    return model, Preprocessing(resize, crop, mean, std)
 
 
 def _load_weights(model: nn.Module, path: str) -> None:

@@ -47,6 +47,38 @@ def imagenet_synsets() -> dict[str, int]:
     return {synset: index for index, synset in enumerate(lines)}
 
 
+def read_picture(path: str | os.PathLike, view: int = 0) -> Tensor:
+    """The image file (:func:`_open`) at its own size, ``uint8`` [3, H, W]."""
+    return _pixels(_open(path, view))
+
+
+def _open(path: str | os.PathLike, view: int):
+    """The image file as an RGB Pillow image. ValueError, with its path, if it cannot be read.
+
+    view: 0, the whole image; 1 or 2, the square in its top left or bottom right corner, with 65 % of the shorter side.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            if file.mode in ("F", "I") or file.mode.startswith("I;16"):
+                raise ValueError(f"pixel format {file.mode!r} has more than 8 bits")
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: {error}") from error
+    if view:
+        side = max(1, round(0.65 * min(image.size)))
+        left, top = (0, 0) if view == 1 else (length - side for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    return image
+
+
+def _pixels(image) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize the shorter side (bicubic), crop the centre, normalize.
@@ -66,31 +98,17 @@ class Preprocessing:
             raise ValueError(f"mean and std need 3 values each, std > 0; got mean {self.mean}, std {self.std}")
 
     def load(self, path: str | os.PathLike, view: int = 0) -> Tensor:
-        """The image file as ``uint8`` [3, crop, crop]. ValueError, with its path, if it cannot be read.
+        """The image file (:func:`_open`) as ``uint8`` [3, crop, crop]."""
+        from PIL import Image
 
-        view: 0, the whole image; 1 or 2, the square in its top left or bottom right corner, with 65 % of the shorter side.
-        """
-        import numpy as np
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(path) as file:
-                if file.mode in ("F", "I") or file.mode.startswith("I;16"):
-                    raise ValueError(f"pixel format {file.mode!r} has more than 8 bits")
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {os.fspath(path)!r}: {error}") from error
+        image = _open(path, view)
         shorter = min(image.size)
-        if view:
-            shorter = max(1, round(0.65 * shorter))
-            left, top = (0, 0) if view == 1 else (side - shorter for side in image.size)
-            image = image.crop((left, top, left + shorter, top + shorter))
         if shorter != self.resize:
             size = tuple(max(self.resize, side * self.resize // shorter) for side in image.size)
             image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = ((side - self.crop) // 2 for side in image.size)
         image = image.crop((left, top, left + self.crop, top + self.crop))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return _pixels(image)
 
     def normalize(self, images: Tensor) -> Tensor:
         """``uint8`` or ``float32`` in [0, 1], [N, 3, H, W], to the network's ``float32`` input of the same shape."""

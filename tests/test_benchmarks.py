@@ -107,5 +107,5 @@ def test_shape_files_are_complete(benchmarks):
 
 
 def test_every_script_explains_itself(tmp_path):
-    for script in ("peak.py", "layers.py", "models.py", "overhead.py", "report.py", "shapes.py"):
+    for script in ("peak.py", "layers.py", "models.py", "overhead.py", "accuracy.py", "report.py", "shapes.py"):
         assert "python benchmarks/" in run(script, "--help", cwd=tmp_path)

@@ -1,0 +1,214 @@
+"""What accuracy.py measures on: a float network, pictures to calibrate and to evaluate it on, and how its outputs are judged.
+
+Pictures are uint8 [N, 3, H, W] (RGB) until `normalize`, so that shifts can act on them. Pictures that calibrate are never
+evaluated. A judgement is {metric: (value, float32's value)}; drops are float32's value minus the value, on the same pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from probquant.__main__ import named_model
+from probquant.data import ImageSet, Preprocessing, bundled_photographs, image_folder, read_picture
+from probquant.demo import choose_images
+
+Judgement = dict[str, tuple[float, float]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classification
+
+
+@dataclass
+class Classification:
+    """Labelled pictures, read from files or held in memory."""
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    calibration: ImageSet | Tensor
+    evaluation: ImageSet | Tensor
+    labels: Sequence[int]
+
+    def normalize(self, pictures: Tensor) -> Tensor:
+        return self.preprocessing.normalize(pictures)
+
+    def pictures(self, which: ImageSet | Tensor, batch: int, size: int | None = None) -> Iterator[Tensor]:
+        """uint8 [n, 3, side, side]; size: another side than the network was trained with."""
+        p = self.preprocessing
+        if isinstance(which, ImageSet):
+            scaled = p if size is None else Preprocessing(round(size * p.resize / p.crop), size, p.mean, p.std)
+            yield from which.batches(scaled, batch)
+            return
+        for part in which.split(batch):
+            yield part if size is None else F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
+
+    def keep(self, output: Tensor, first: int) -> list[int]:
+        """What is kept of a batch's output: the class of each picture."""
+        return output.argmax(1).tolist()
+
+    def judge(self, kept: list[int], reference: list[int]) -> Judgement:
+        n = len(kept)
+        ours, theirs = ([a == b for a, b in zip(classes, self.labels, strict=True)] for classes in (kept, reference))
+        low, high = paired_interval(sum(f and not q for q, f in zip(ours, theirs)), sum(q and not f for q, f in zip(ours, theirs)), n)
+        top1, float_top1 = sum(ours) / n, sum(theirs) / n
+        agreement = sum(a == b for a, b in zip(kept, reference)) / n
+        return {"top1": (top1, float_top1), "agreement": (agreement, 1.0), "drop": (float_top1 - top1, 0.0), "drop_low": (low, 0.0), "drop_high": (high, 0.0)}
+
+
+def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
+    """95 % interval of the drop of a share measured on the same n pictures, of which `lost` went wrong and `won` right.
+
+    Agresti and Min (2005): Wald's interval for matched pairs with half a picture added to each of the four cells.
+    """
+    lost_, won_, n_ = lost + 0.5, won + 0.5, n + 2.0
+    drop = (lost_ - won_) / n_
+    half = 1.959964 * math.sqrt(lost_ + won_ - (lost_ - won_) ** 2 / n_) / n_
+    return drop - half, drop + half
+
+
+def imagenet(name: str, folder: str | None, weights: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Classification:
+    """ImageNet-1k pictures. `folder` may hold `calibration` and `validation`; without the former packages' photographs calibrate."""
+    model, preprocessing = named_model(name, weights)
+    if folder is not None and (Path(folder) / "validation").is_dir():
+        calibrate_on = calibrate_on or (str(Path(folder) / "calibration") if (Path(folder) / "calibration").is_dir() else None)
+        folder = str(Path(folder) / "validation")
+    calibrating, evaluating = choose_images(folder, calibrate_on, limit)
+    known = [i for i, label in enumerate(evaluating.labels) if label >= 0]
+    if not known:
+        raise ValueError(f"no labelled pictures in {evaluating.source}")
+    evaluating = ImageSet(*(tuple(values[i] for i in known) for values in (evaluating.paths, evaluating.labels)), evaluating.source)
+    return Classification(name, model, preprocessing, calibrating.sample(calibration), evaluating, evaluating.labels)
+
+
+def cifar10(weights: str | None, file: str | None, calibration: int | None, limit: int | None) -> Classification:
+    """ResNet-20 on a .npz of x uint8 [n, 32, 32, 3] and y [n]; a random part of it (128 unless told) calibrates."""
+    import numpy as np
+
+    from resnet20 import resnet20
+
+    if not weights or not file:
+        raise ValueError("resnet20 needs --weights FILE.th and --cifar FILE.npz")
+    stored = np.load(file)
+    x, y = torch.from_numpy(stored["x"]).permute(0, 3, 1, 2).contiguous(), stored["y"].tolist()
+    order = random.Random(0).sample(range(len(x)), len(x))
+    held_out, rest = order[: calibration or 128], order[calibration or 128 :][:limit]
+    if not rest:
+        raise ValueError(f"--calibration {calibration} leaves none of {len(x)} pictures to evaluate")
+    return Classification("resnet20", resnet20(weights), Preprocessing(32, 32), x[held_out], x[rest], [y[i] for i in rest])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection
+
+
+_GROUPS = 16  # of pictures, for the jackknife
+
+
+@dataclass
+class Detection:
+    """YOLOX-nano on COCO's val2017 layout."""
+
+    name: str
+    model: nn.Module
+    calibration: ImageSet
+    coco: object  # pycocotools' index of the annotations
+    folder: Path
+    ids: list[int]
+
+    def normalize(self, pictures: Tensor) -> Tensor:
+        from yolox import network_input
+
+        return network_input(pictures)
+
+    @property
+    def evaluation(self) -> list[int]:
+        return self.ids
+
+    def pictures(self, which: ImageSet | list[int], batch: int, size: int | None = None) -> Iterator[Tensor]:
+        from yolox import letterbox
+
+        if size is not None:
+            raise ValueError("the shift size:PIXELS is for classification: YOLOX's graph is exported for 416 x 416 pixels")
+        views = zip(which.paths, which.views) if isinstance(which, ImageSet) else ((self.folder / i["file_name"], 0) for i in self.coco.loadImgs(which))
+        pending: list[Tensor] = []
+        for path, view in views:
+            pending.append(letterbox(read_picture(path, view))[0])
+            if len(pending) == batch:
+                yield torch.stack(pending)
+                pending = []
+        if pending:
+            yield torch.stack(pending)
+
+    def keep(self, output: Tensor, first: int) -> list[list[dict]]:
+        """The detections of each picture, as COCO's results want them; `first` is the number of the batch's first picture."""
+        from yolox import SIZE, decode, non_maximum_suppression
+
+        kept, categories = [], sorted(self.coco.getCatIds())
+        for picture, boxes, scores in zip(self.coco.loadImgs(self.ids[first : first + len(output)]), *decode(output.nan_to_num()), strict=True):
+            factor = min(SIZE / picture["height"], SIZE / picture["width"])
+            boxes, scores, classes = non_maximum_suppression(boxes, scores)
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip((boxes / factor).tolist(), scores.tolist(), classes.tolist())
+            kept.append([{"image_id": picture["id"], "category_id": categories[c], "bbox": box, "score": score} for box, score, c in rows])
+        return kept
+
+    def judge(self, kept: list[list[dict]], reference: list[list[dict]]) -> Judgement:
+        """AP and AP50; the interval of the drop of AP by a jackknife over groups of pictures."""
+        ours, theirs = self._precisions(kept), self._precisions(reference)
+        (ap, ap50), (float_ap, float_ap50) = ours[0], theirs[0]
+        drops = [b[0] - a[0] for a, b in zip(ours[1:], theirs[1:], strict=True)]
+        mean = sum(drops) / len(drops)
+        half = 1.959964 * math.sqrt((len(drops) - 1) / len(drops) * sum((d - mean) ** 2 for d in drops))
+        drop = float_ap - ap
+        return {"ap": (ap, float_ap), "ap50": (ap50, float_ap50), "drop": (drop, 0.0), "drop_low": (drop - half, 0.0), "drop_high": (drop + half, 0.0)}
+
+    def _precisions(self, kept: list[list[dict]]) -> list[tuple[float, float]]:
+        """(AP, AP50) on all pictures, then on all but each group of them."""
+        from pycocotools.cocoeval import COCOeval
+
+        found = [detection for detections in kept for detection in detections]
+        if not found:
+            return [(0.0, 0.0)] * (1 + _GROUPS)
+        groups = [set(self.ids[i::_GROUPS]) for i in range(_GROUPS)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self.coco, self.coco.loadRes(found), "bbox")
+            evaluation.params.imgIds = self.ids
+            evaluation.evaluate()
+            results = []
+            for left_out in (set(), *groups):
+                evaluation.params.imgIds = [i for i in self.ids if i not in left_out]
+                evaluation.accumulate()
+                evaluation.summarize()
+                results.append((float(evaluation.stats[0]), float(evaluation.stats[1])))
+        return results
+
+
+def coco(weights: str | None, folder: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Detection:
+    """`folder` holds annotations/instances_val2017.json and val2017/; photographs that come with packages calibrate."""
+    from pycocotools.coco import COCO
+
+    from yolox import yolox_nano
+
+    if not weights or not folder:
+        raise ValueError("yolox_nano needs --weights FILE.onnx and --coco DIR")
+    annotations = Path(folder) / "annotations" / "instances_val2017.json"
+    if not annotations.is_file():
+        raise FileNotFoundError(f"{folder} does not hold annotations/instances_val2017.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        index = COCO(str(annotations))
+    calibrating = image_folder(calibrate_on) if calibrate_on else sum(bundled_photographs()[1:], bundled_photographs()[0])
+    both = {path.name for path in calibrating.paths} & {picture["file_name"] for picture in index.loadImgs(index.getImgIds())}
+    if both:
+        raise ValueError(f"{len(both)} pictures would calibrate and be evaluated, such as {min(both)}")
+    return Detection("yolox_nano", yolox_nano(weights), calibrating.sample(calibration), index, Path(folder) / "val2017", sorted(index.getImgIds())[:limit])
