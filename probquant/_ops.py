@@ -107,7 +107,7 @@ def _(q, sample_dims=1, channel_stats=False):
 
 
 @torch.library.register_fake("probquant::pack_weight")
-def _(weight, weight_scale, bias=None, groups=1):
+def _(weight, weight_scale, bias=None, groups=1, output_profile=None):
     torch._check(weight.dim() in (2, 4), lambda: f"probquant: pack_weight: weight has shape {list(weight.shape)}, want 2 or 4 dimensions")
     kernel = tuple(weight.shape[1:3]) if weight.dim() == 4 else (1, 1)
     return weight.new_empty([_native.packed_weight_bytes(weight.shape[0], *kernel, weight.shape[-1], groups)], dtype=torch.uint8)

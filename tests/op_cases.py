@@ -52,7 +52,8 @@ def random_layer(rng, out_channels: int, inputs: int, geometry: Geometry = Geome
     else:
         weight = rng.integers(-127, 128, shape)
     scale = oracle.f32(2.0 ** rng.uniform(-9, -4, out_channels))
-    return Layer(weight.astype(np.int8), scale, oracle.f32(rng.normal(0, 2, out_channels)) if bias else None, geometry)
+    profile = oracle.f32(2.0 ** rng.uniform(-6, 2, out_channels)) if rng.random() < 0.4 else None
+    return Layer(weight.astype(np.int8), scale, oracle.f32(rng.normal(0, 2, out_channels)) if bias else None, geometry, profile)
 
 
 def random_predictor(rng, strategy: int, layer: Layer, spread: float, wild: bool = False) -> np.ndarray:
@@ -133,8 +134,8 @@ def from_rows(outputs, like: Codes) -> Codes:
 
 def packed(layer: Layer) -> torch.Tensor:
     weight = layer.weight if layer.geometry.kernel != (1, 1) else layer.weight.reshape(len(layer.weight), -1)
-    bias = None if layer.bias is None else torch.from_numpy(layer.bias)
-    return ops.pack_weight(torch.from_numpy(weight), torch.from_numpy(layer.weight_scale), bias, layer.geometry.groups)
+    bias, profile = (None if part is None else torch.from_numpy(part) for part in (layer.bias, layer.profile))
+    return ops.pack_weight(torch.from_numpy(weight), torch.from_numpy(layer.weight_scale), bias, layer.geometry.groups, profile)
 
 
 def geometry_arguments(geometry: Geometry) -> tuple:

@@ -293,12 +293,13 @@ class Geometry(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A weight int8 [O, kh, kw, I / groups], its scale [O], a bias [O] or None, and the geometry."""
+    """A weight int8 [O, kh, kw, I / groups], its scale [O], a bias [O] or None, the geometry, and the output's profile [O] or None."""
 
     weight: np.ndarray
     weight_scale: np.ndarray
     bias: np.ndarray | None
     geometry: Geometry
+    profile: np.ndarray | None = None
 
 
 def accumulators(x: Codes, layer: Layer) -> np.ndarray:
@@ -441,8 +442,8 @@ def probed_rows(rows: int) -> np.ndarray:
 
 
 @quiet
-def probe_range(y: np.ndarray, kind: int, activation_min, activation_max, predictor) -> tuple[np.ndarray, np.ndarray]:
-    """Range of the probed rows of y [N, OH, OW, O], widened unless they are all; NaN where it is not finite."""
+def probe_range(y: np.ndarray, image, predictor) -> tuple[np.ndarray, np.ndarray]:
+    """Range of the probed rows of y [N, OH, OW, O], widened within `image` unless they are all; NaN where it is not finite."""
     n, oh, ow, channels = y.shape
     probed = probed_rows(oh * ow)
     lo, hi = exact_range(y.reshape(n, oh * ow, channels)[:, probed])
@@ -451,8 +452,7 @@ def probe_range(y: np.ndarray, kind: int, activation_min, activation_max, predic
     width = hi - lo
     lo, hi = fma(-predictor[0], width, lo), fma(predictor[1], width, hi)
     finite = np.isfinite(lo) & np.isfinite(hi)
-    least, largest = activation_bounds(kind, activation_min, activation_max)
-    return np.where(finite, clamp(lo, least, largest), np.float32(np.nan)), clamp(hi, least, largest)
+    return np.where(finite, clamp(lo, *image), np.float32(np.nan)), clamp(hi, *image)
 
 
 @quiet
@@ -463,39 +463,48 @@ def layer(
     """conv2d and linear; strategy NONE gives float32."""
     acc = accumulators(x, weights)
     amin, amax = bounds(activation_min, activation_max)
-    bias = f32(np.zeros(acc.shape[-1])) if weights.bias is None else f32(weights.bias)
+    profile = f32(np.ones(acc.shape[-1])) if weights.profile is None else f32(weights.profile)
+    over_profile = np.float32(1) / profile
+    scale = weights.weight_scale * over_profile
+    bias = f32(np.zeros(acc.shape[-1])) if weights.bias is None else f32(weights.bias) * over_profile
+    image = activation_bounds(activation, amin, amax)
     valid = valid_scale(x.scale) & (True if residual is None else valid_scale(residual.scale))
     s_x = per_sample(nan_where_invalid(x.scale), acc)
 
-    y = fma(f32(acc), s_x * weights.weight_scale, bias)  # what strategy none stores
-    if residual is not None:
-        y = fma(f32(centred(residual)), per_sample(nan_where_invalid(residual.scale), acc), y)
-    y = clamp(y, amin, amax) if activation == CLAMP else activate(activation, y)
-    y = np.where(per_sample(valid, y), y, np.float32(np.nan))
+    bounds_over_profile = [bound * (over_profile.max() if away else over_profile.min()) for bound, away in zip(image, (image[0] < 0, image[1] > 0))]
+
+    def pre_activation(i):
+        """Over the profile, in units of a scale whose inverse is i."""
+        t = fma(f32(acc), (s_x * i) * scale, i * bias)
+        return t if residual is None else fma(f32(centred(residual)), per_sample(nan_where_invalid(residual.scale), acc) * i, t)
+
+    def finished(i):
+        if activation == CLAMP:
+            return clamp(pre_activation(i), (amin * i) * over_profile, (amax * i) * over_profile)
+        return activate(activation, pre_activation(np.float32(1)) * profile) * (i * over_profile)
+
+    def seen():
+        y = finished(np.float32(1))
+        return np.where(per_sample(valid, y), y, np.float32(np.nan))
+
     if strategy == NONE:
-        return y
+        y = pre_activation(np.float32(1)) * profile
+        y = clamp(y, amin, amax) if activation == CLAMP else activate(activation, y)
+        return np.where(per_sample(valid, y), y, np.float32(np.nan))
 
     if strategy == FIXED:
         s, z = fixed_parameters(predictor, len(x.q))
     elif strategy == DYNAMIC:
-        s, z = parameters(*exact_range(y))
+        s, z = parameters(*exact_range(seen()))
     elif strategy == PROBE:
-        s, z = parameters(*probe_range(y, activation, amin, amax, predictor))
+        s, z = parameters(*probe_range(seen(), bounds_over_profile, predictor))
     else:
         lo, hi = law_range(*law(x, weights, residual, strategy, predictor, gamma), predictor)
         finite = np.isfinite(lo) & np.isfinite(hi)
-        lo, hi = activation_range(activation, lo, hi, amin, amax)
+        lo, hi = (clamp(part, *bounds_over_profile) for part in (lo, hi)) if (over_profile != 1).any() else activation_range(activation, lo, hi, amin, amax)
         s, z = parameters(np.where(finite, lo, np.float32(np.nan)), hi)
     valid = valid & valid_scale(s)
-    i = inverse(s, acc)
-    if activation == CLAMP:
-        t = fma(f32(acc), (s_x * i) * weights.weight_scale, i * bias)
-        if residual is not None:
-            t = fma(f32(centred(residual)), per_sample(residual.scale, acc) * i, t)
-        t = clamp(t, amin * i, amax * i)
-    else:
-        t = y * i
-    q, clipped = round_to_codes(t, per_sample(z, acc))
+    q, clipped = round_to_codes(finished(inverse(s, acc)), per_sample(z, acc))
     return output(q, clipped, s, z, valid, channel_stats)
 
 

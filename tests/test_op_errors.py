@@ -45,7 +45,7 @@ def geometry(kernel=3):
     return {"kernel_size": [kernel], "stride": [1], "padding": [1], "dilation": [1]}
 
 
-OPTIONAL = ["sample_dims", "scale", "zero_point", "dtype", "bias", "groups", "residual", "residual_scale", "residual_zero_point", "residual_stats", "activation", "activation_min", "activation_max", "strategy", "predictor", "gamma", "channel_stats", "eps", "keep_sum"]  # fmt: skip
+OPTIONAL = ["output_profile", "sample_dims", "scale", "zero_point", "dtype", "bias", "groups", "residual", "residual_scale", "residual_zero_point", "residual_stats", "activation", "activation_min", "activation_max", "strategy", "predictor", "gamma", "channel_stats", "eps", "keep_sum"]  # fmt: skip
 VALID = {
     "quantize": lambda: {"x": torch.zeros(2, 4, 5, 5)},
     "dequantize": lambda: named("x", image()[:3]),
@@ -235,6 +235,10 @@ def cases():
     yield "pack_weight", {"weight_scale": torch.ones(8).half()}, ["weight_scale has dtype float16, want float32"]
     yield "pack_weight", {"bias": torch.ones(8, 1)}, [r"bias has shape \[8, 1\], want \[8\]"]
     yield "pack_weight", {"bias": torch.ones(8, dtype=INT32)}, ["bias has dtype int32, want float32"]
+    yield "pack_weight", {"output_profile": torch.ones(7)}, [r"output_profile has shape \[7\], want \[8\]"]
+    yield "pack_weight", {"output_profile": torch.ones(8).double()}, ["output_profile has dtype float64, want float32"]
+    for value in (0.0, -1.0, float("nan"), float("inf"), 2.0**-61, 2.0**61):
+        yield "pack_weight", {"output_profile": torch.tensor([1.0] * 3 + [value] + [1.0] * 4)}, [r"output_profile of channel 3 is \S+, want 2\^-60 to 2\^60"]
     yield "pack_weight", {"groups": 3}, ["out_channels 8 is not a multiple of groups 3"]
     yield "pack_weight", {"groups": 0}, ["groups 0"]
 

@@ -51,6 +51,7 @@ def samples(batch=3):
     for groups in (1, 2):
         weight = torch.ones(4, 3, 3, 5, dtype=torch.int8)
         yield "pack_weight conv2d", ops.pack_weight, (weight, torch.ones(4), torch.ones(4), groups), {}
+    yield "pack_weight with a profile", ops.pack_weight, (weight, torch.ones(4), None, 1, torch.ones(4)), {}
     yield "pack_weight linear", ops.pack_weight, (torch.ones(4, 7, dtype=torch.int8), torch.ones(4)), {}
     dense, depthwise, linear = layers()
     for strategy in STRATEGIES:

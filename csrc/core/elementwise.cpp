@@ -73,7 +73,7 @@ void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int6
       const float smallest = fmaf(static_cast<float>(-e.residual_zero_point), e.residual_scale, code_value(0, e));
       const float largest = fmaf(static_cast<float>(255 - e.residual_zero_point), e.residual_scale, code_value(255, e));
       if (is_finite(lo) && is_finite(hi)) lo = clamp_f(lo, smallest, largest), hi = clamp_f(hi, smallest, largest);
-      activation_range(Activation::clamp, activation_min, activation_max, lo, hi);
+      activation_range(Activation::clamp, activation_min, activation_max, {}, lo, hi);
       qparams = qparams_from_range(lo, hi);
     }
     set_output(e, qparams, activation_min, activation_max);

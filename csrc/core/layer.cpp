@@ -122,7 +122,7 @@ void for_each_law(const Conv2dShape& s, const LayerArguments& a, int64_t sample,
   }
 }
 
-QParams predict(const Conv2dShape& s, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, FieldScratch& sums,
+QParams predict(const Conv2dShape& s, const LayerArguments& a, ProfileSpan profile, int64_t sample, const SampleEpilogue& e, FieldScratch& sums,
                 std::vector<FieldMoments>& fields) {
   float lo = kInfinity, hi = -kInfinity;
   bool finite = true;
@@ -134,7 +134,7 @@ QParams predict(const Conv2dShape& s, const LayerArguments& a, int64_t sample, c
     hi = max_f(law_hi, hi);
   });
   if (!finite) return {kNan, 0};
-  activation_range(a.activation, a.activation_min, a.activation_max, lo, hi);
+  activation_range(a.activation, a.activation_min, a.activation_max, profile, lo, hi);
   return qparams_from_range(lo, hi);
 }
 
@@ -191,7 +191,10 @@ void run_held(LayerProblem& p, const LayerArguments& a, std::vector<SampleEpilog
   for (int64_t begin = 0; begin < p.shape.batch; begin += chunk) {
     const int64_t end = std::min(p.shape.batch, begin + chunk);
     p.range = range - 2 * begin;  // kernels index by absolute sample
-    for (int64_t n = begin; n < end; ++n) p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
+    for (int64_t n = begin; n < end; ++n) {
+      p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
+      set_output(samples[static_cast<size_t>(n)], {1.0f, 0}, a.activation_min, a.activation_max);
+    }
     accumulate(begin, end, accumulators);
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)];
@@ -236,7 +239,7 @@ void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a
         });
       },
       [&](float lo, float hi) {
-        return probe_qparams(lo, hi, probes_whole(rows), a.predictor, a.activation, a.activation_min, a.activation_max);
+        return probe_qparams(lo, hi, probes_whole(rows), a.predictor, a.activation, a.activation_min, a.activation_max, p.profile);
       },
       [&](int64_t begin, int64_t end, int32_t* accumulators) {
         for_each_segment(begin, end, accumulators, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t i, int64_t c0, int64_t c1) {
@@ -278,6 +281,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.activation = a.activation;
   p.activation_min = a.activation_min;
   p.activation_max = a.activation_max;
+  p.profile = reinterpret_cast<const PackedTrailer*>(a.packed_weight + p.layout.trailer_offset())->profile;
   p.y = a.y.q;
   p.stats = a.y.stats;
   p.channel_stats = a.y.channel_stats;
@@ -294,7 +298,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
       SampleEpilogue& e = samples[static_cast<size_t>(n)] = epilogue_inputs(a, n);
       if (a.strategy != Strategy::fixed && !has_law(a.strategy)) continue;
       const QParams y = a.strategy == Strategy::fixed ? fixed_qparams(a.predictor)
-                        : e.valid                     ? predict(shape, a, n, e, sums, fields)
+                        : e.valid                     ? predict(shape, a, p.profile, n, e, sums, fields)
                                                       : QParams{kNan, 0};
       set_output(e, y, a.activation_min, a.activation_max);
       write_qparams(a.y, n, e, y);

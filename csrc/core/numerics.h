@@ -114,12 +114,31 @@ PROBQUANT_HOST_DEVICE inline float activation_argmin(Activation kind) {
   return kind == Activation::silu ? -1.2784645f : kind == Activation::gelu ? -0.7517916f : -1.5f;
 }
 
-/// Image of [lo, hi] under an activation; exact for clamp, and for the curved ones by their single minimum.
-PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activation_min, float activation_max, float& lo, float& hi) {
+/// The extremes of 1 / r_o over the channels of an output profile.
+struct ProfileSpan {
+  float least_inverse = 1.0f, largest_inverse = 1.0f;
+};
+
+PROBQUANT_HOST_DEVICE inline bool has_profile(ProfileSpan span) { return span.least_inverse != 1.0f || span.largest_inverse != 1.0f; }
+
+/// Image of all numbers under an activation, over the output's profile.
+PROBQUANT_HOST_DEVICE inline void activation_bounds(Activation kind, float activation_min, float activation_max, ProfileSpan span, float& least,
+                                                    float& largest) {
+  least = kind == Activation::clamp ? activation_min : kind == Activation::sigmoid ? 0.0f : activate(kind, activation_argmin(kind));
+  largest = kind == Activation::clamp ? activation_max : kind == Activation::sigmoid ? 1.0f : kInfinity;
+  least *= least < 0.0f ? span.largest_inverse : span.least_inverse;
+  largest *= largest > 0.0f ? span.largest_inverse : span.least_inverse;
+}
+
+/// Image of [lo, hi], a range over the output's profile, under an activation: cut to the activation's bounds, which is exact
+/// for clamp; without a profile exact for the curved ones too, by their single minimum.
+PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activation_min, float activation_max, ProfileSpan span, float& lo, float& hi) {
   if (!is_finite(lo) || !is_finite(hi)) return;  // stays invalid
-  if (kind == Activation::clamp) {
-    lo = clamp_f(lo, activation_min, activation_max);
-    hi = clamp_f(hi, activation_min, activation_max);
+  if (kind == Activation::clamp || has_profile(span)) {
+    float least, largest;
+    activation_bounds(kind, activation_min, activation_max, span, least, largest);
+    lo = clamp_f(lo, least, largest);
+    hi = clamp_f(hi, least, largest);
     return;
   }
   const float at_lo = activate(kind, lo), at_hi = activate(kind, hi);
@@ -127,12 +146,6 @@ PROBQUANT_HOST_DEVICE inline void activation_range(Activation kind, float activa
   const bool dips = kind != Activation::sigmoid && lo < argmin && argmin < hi;
   lo = dips ? activate(kind, argmin) : min_f(at_lo, at_hi);
   hi = max_f(at_lo, at_hi);
-}
-
-/// Image of all numbers under an activation.
-PROBQUANT_HOST_DEVICE inline void activation_bounds(Activation kind, float activation_min, float activation_max, float& least, float& largest) {
-  least = kind == Activation::clamp ? activation_min : kind == Activation::sigmoid ? 0.0f : activate(kind, activation_argmin(kind));
-  largest = kind == Activation::clamp ? activation_max : kind == Activation::sigmoid ? 1.0f : kInfinity;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -175,26 +188,42 @@ PROBQUANT_HOST_DEVICE inline void set_output(SampleEpilogue& s, QParams y, float
   s.activation_hi = s.valid ? activation_max * s.inverse_scale : 0.0f;
 }
 
-/// The layer's output in float: what Strategy::none stores and what the dynamic strategy takes its range of.
-/// `accumulator` is zero-point corrected; `residual` is q - zero point (0 without one).
-PROBQUANT_HOST_DEVICE inline float layer_value(int32_t accumulator, float weight_scale, float bias, int32_t residual, const SampleEpilogue& s,
+/// Per-channel constants of a layer's epilogue. Accumulators become values of the output over its profile.
+struct ChannelEpilogue {
+  float weight_scale;            ///< over the profile
+  float bias;                    ///< over the profile
+  float profile = 1.0f;          ///< r_o: the output's codes stand for scale * r_o * (q - zero point)
+  float inverse_profile = 1.0f;  ///< 1 / r_o
+};
+
+/// The layer's output in float, what Strategy::none stores. `accumulator` is zero-point corrected; `residual` is q - zero point
+/// (0 without one), of a tensor with the output's profile.
+PROBQUANT_HOST_DEVICE inline float layer_value(int32_t accumulator, const ChannelEpilogue& c, int32_t residual, const SampleEpilogue& s,
                                                Activation kind, float activation_min, float activation_max, bool has_residual) {
-  float y = fmaf(static_cast<float>(accumulator), s.x_scale * weight_scale, bias);
+  float y = fmaf(static_cast<float>(accumulator), s.x_scale * c.weight_scale, c.bias);
   if (has_residual) y = fmaf(static_cast<float>(residual), s.residual_scale, y);
+  y *= c.profile;
   return kind == Activation::clamp ? clamp_f(y, activation_min, activation_max) : activate(kind, y);
 }
 
-/// The one rounding of a layer.
-PROBQUANT_HOST_DEVICE inline Code requantize(int32_t accumulator, float weight_scale, float bias, int32_t residual, const SampleEpilogue& s,
-                                             Activation kind, bool has_residual) {
-  if (!s.valid) return {0, false};
+/// The output in units of its scale times its profile: what is rounded, and, with an output scale of 1, what the dynamic
+/// strategy takes its range of.
+PROBQUANT_HOST_DEVICE inline float output_value(int32_t accumulator, const ChannelEpilogue& c, int32_t residual, const SampleEpilogue& s,
+                                                Activation kind, bool has_residual) {
   if (kind != Activation::clamp) {
-    const float y = fmaf(static_cast<float>(accumulator), s.x_scale * weight_scale, bias);
-    return round_to_code(activate(kind, y) * s.inverse_scale, s.y_zero_point);
+    const float y = fmaf(static_cast<float>(accumulator), s.x_scale * c.weight_scale, c.bias);
+    return activate(kind, y * c.profile) * (s.inverse_scale * c.inverse_profile);
   }
-  float t = fmaf(static_cast<float>(accumulator), s.multiplier * weight_scale, s.inverse_scale * bias);
+  float t = fmaf(static_cast<float>(accumulator), s.multiplier * c.weight_scale, s.inverse_scale * c.bias);
   if (has_residual) t = fmaf(static_cast<float>(residual), s.residual_multiplier, t);
-  return round_to_code(clamp_f(t, s.activation_lo, s.activation_hi), s.y_zero_point);
+  return clamp_f(t, s.activation_lo * c.inverse_profile, s.activation_hi * c.inverse_profile);
+}
+
+/// The one rounding of a layer.
+PROBQUANT_HOST_DEVICE inline Code requantize(int32_t accumulator, const ChannelEpilogue& c, int32_t residual, const SampleEpilogue& s, Activation kind,
+                                             bool has_residual) {
+  if (!s.valid) return {0, false};
+  return round_to_code(output_value(accumulator, c, residual, s, kind, has_residual), s.y_zero_point);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -28,10 +28,12 @@ int64_t packed_weight_bytes(const WeightShape& shape) {
   return PackedLayout(shape).bytes();
 }
 
-void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias, uint8_t* packed) {
+void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias, const float* output_profile,
+                 uint8_t* packed) {
   check(shape);
   const PackedLayout layout(shape);
   std::memset(packed, 0, static_cast<size_t>(layout.bytes()));
+  ProfileSpan span{kInfinity, 0.0f};
   for (int64_t o = 0; o < layout.out_channels; ++o) {
     uint8_t* block = packed + layout.block_offset(o);
     const int64_t lane = layout.lane(o);
@@ -47,9 +49,16 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
       }
     auto* header = reinterpret_cast<BlockHeader*>(block);
     header->weight_sum[lane] = sum;
-    header->scale[lane] = weight_scale[o];
-    header->bias[lane] = bias ? bias[o] : 0.0f;
+    const float profile = output_profile ? output_profile[o] : 1.0f, inverse_profile = 1.0f / profile;
+    require(profile >= kMinScale && inverse_profile >= kMinScale, "weight: output_profile of channel ", o, " is ", std::to_string(profile),
+            ", want 2^-60 to 2^60");
+    header->scale[lane] = weight_scale[o] * inverse_profile;
+    header->bias[lane] = bias ? bias[o] * inverse_profile : 0.0f;
+    header->profile[lane] = profile;
+    header->inverse_profile[lane] = inverse_profile;
+    span = {min_f(span.least_inverse, inverse_profile), max_f(span.largest_inverse, inverse_profile)};
   }
+  reinterpret_cast<PackedTrailer*>(packed + layout.trailer_offset())->profile = span;
 }
 
 }  // namespace probquant

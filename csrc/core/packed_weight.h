@@ -1,15 +1,17 @@
 // The packed weight: the one CPU layout that serves every ISA. Owns the layout; pack.cpp writes it, kernels read it.
 //
 // Output channels come in blocks of 16 (of one group; a depthwise layer's blocks run over the groups). A block is
-//   BlockHeader   sums of its weights, scales, biases (zeros for channels that do not exist)
+//   BlockHeader   sums of its weights and the epilogue's constants (zeros for channels that do not exist)
 //   stream        [taps][ceil(I / 4)][16 channels][4 inputs] int8, tap = ky * kernel_width + kx, I = inputs per group
 // so that 64 bytes hold 4 inputs of 16 channels: one vpdpbusd operand of AVX-512 VNNI, two of AVX2.
 // Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps of one kernel column in the place of 4 inputs:
 //   stream        [kernel_width][ceil(kernel_height / 4)][16 channels][4 ky]
 // so that a step meets the 4 input rows of one column, interleaved once for all the outputs that touch the column.
-// Everything is a multiple of 64 bytes.
+// Behind the last block comes a PackedTrailer. Everything is a multiple of 64 bytes.
 #pragma once
 #include <probquant/ops.h>
+
+#include "numerics.h"
 
 namespace probquant {
 
@@ -18,10 +20,17 @@ inline constexpr int64_t kStreamBytes = 64;
 
 struct BlockHeader {
   int32_t weight_sum[kBlockChannels];
-  float scale[kBlockChannels];
+  float scale[kBlockChannels];  ///< this and the following: ChannelEpilogue of numerics.h
   float bias[kBlockChannels];
+  float profile[kBlockChannels];  ///< last, since only curved activations, profiled bounds and float outputs read them
+  float inverse_profile[kBlockChannels];
 };
-static_assert(sizeof(BlockHeader) == 192, "a block stays a multiple of 64 bytes");
+static_assert(sizeof(BlockHeader) == 320, "a block stays a multiple of 64 bytes");
+
+struct PackedTrailer {
+  ProfileSpan profile;
+  uint8_t padding[kStreamBytes - sizeof(ProfileSpan)];
+};
 
 /// Bytes of all kernel rows of a weight whose segments are kernel rows, at most: kernels copy those of a pixel near the border.
 inline constexpr int64_t kMaxRowSegmentBytes = 400;
@@ -56,7 +65,8 @@ struct PackedLayout {
         sums_offset(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes),
         block_bytes(sums_offset + (segments > 1 ? segments * kStreamBytes : 0)) {}
 
-  int64_t bytes() const { return (depthwise ? 1 : groups) * group_blocks * block_bytes; }
+  int64_t trailer_offset() const { return (depthwise ? 1 : groups) * group_blocks * block_bytes; }
+  int64_t bytes() const { return trailer_offset() + static_cast<int64_t>(sizeof(PackedTrailer)); }
 
   /// Byte offset of the block that holds output channel o.
   int64_t block_offset(int64_t o) const {

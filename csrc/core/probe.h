@@ -40,14 +40,14 @@ inline constexpr int64_t kProbeBelow = 0, kProbeAbove = 1, kProbePredictorSize =
 
 /// Parameters from the range [lo, hi] of the outputs seen.
 PROBQUANT_HOST_DEVICE inline QParams probe_qparams(float lo, float hi, bool whole, const float* predictor, Activation kind, float activation_min,
-                                                   float activation_max) {
+                                                   float activation_max, ProfileSpan span) {
   if (!whole) {
     const float width = hi - lo;
     lo = fmaf(-predictor[kProbeBelow], width, lo);
     hi = fmaf(predictor[kProbeAbove], width, hi);
     if (!is_finite(lo) || !is_finite(hi)) return {kNan, 0};
     float least, largest;
-    activation_bounds(kind, activation_min, activation_max, least, largest);
+    activation_bounds(kind, activation_min, activation_max, span, least, largest);
     lo = clamp_f(lo, least, largest);
     hi = clamp_f(hi, least, largest);
   }

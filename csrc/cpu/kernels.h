@@ -21,15 +21,21 @@ struct LayerProblem {
   const uint8_t* residual;        ///< null: none
   Activation activation;
   float activation_min, activation_max;
-  const SampleEpilogue* samples;  ///< one per sample
+  ProfileSpan profile;            ///< of the packed weight
+  const SampleEpilogue* samples;  ///< one per sample; of `accumulate`, with an output scale of 1
   uint8_t* y;                     ///< [rows, out_channels]
   int64_t* stats;                 ///< zeroed by the front end; kernels add to it atomically
   bool channel_stats;
   float* y_float;                 ///< to_float
   int32_t* accumulators;          ///< accumulate writes it, layer_requantize reads it: [rows, out_channels]
-  float* range;                   ///< accumulate: [samples][2], minimum and maximum of layer_value
+  float* range;                   ///< accumulate: [samples][2], minimum and maximum of output_value
 
   explicit LayerProblem(const Conv2dShape& s) : shape(s), layout(weight_shape(s)) {}
+  /// Whether a clamp's bounds over the profile differ between channels: 0 and infinity do not.
+  bool profiled_bounds() const {
+    const auto varies = [](float bound) { return bound != 0.0f && is_finite(bound); };
+    return has_profile(profile) && activation == Activation::clamp && (varies(activation_min) || varies(activation_max));
+  }
   int64_t* stats_row(int64_t sample) const { return stats + sample * stats_columns(shape.out_channels, channel_stats); }
 };
 
@@ -122,7 +128,7 @@ struct LayerKernels {
   LayerKernel quantized;
   /// Strategy::none: writes layer_value to y_float.
   LayerKernel to_float;
-  /// Strategy::dynamic, first pass: int32 accumulators (zero-point corrected) and the range of layer_value.
+  /// Strategy::dynamic, first pass: int32 accumulators (zero-point corrected) and the range of output_value.
   LayerKernel accumulate;
 };
 

@@ -69,7 +69,7 @@ struct Weights {
       }
     }
     packed.resize(static_cast<std::size_t>(probquant::packed_weight_bytes(shape)));
-    probquant::pack_weight(shape, codes.data(), scale.data(), bias.data(), packed.data());
+    probquant::pack_weight(shape, codes.data(), scale.data(), bias.data(), nullptr, packed.data());
 
     const auto [mean_w, var_w] = mean_and_variance(values);
     const auto [mean_b, var_b] = mean_and_variance(bias);

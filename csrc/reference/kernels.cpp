@@ -32,7 +32,7 @@ int32_t accumulate(const LayerProblem& p, int64_t row, int64_t channel) {
   return sum;
 }
 
-/// Calls visit(row, channel, scale, bias, residual, sample index) for every output of a range.
+/// Calls visit(row, channel, index, channel's constants, residual, sample) for every output of a range.
 template <class Visit>
 void for_each_output(const LayerProblem& p, const LayerRange& range, Visit visit) {
   for (int64_t row = range.row_begin; row < range.row_end; ++row) {
@@ -41,7 +41,8 @@ void for_each_output(const LayerProblem& p, const LayerRange& range, Visit visit
       const auto* header = reinterpret_cast<const BlockHeader*>(p.packed_weight + p.layout.block_offset(channel));
       const int64_t lane = p.layout.lane(channel), at = row * p.shape.out_channels + channel;
       const int32_t residual = p.residual ? p.residual[at] - p.samples[sample].residual_zero_point : 0;
-      visit(row, channel, at, header->scale[lane], header->bias[lane], residual, sample);
+      const ChannelEpilogue constants{header->scale[lane], header->bias[lane], header->profile[lane], header->inverse_profile[lane]};
+      visit(row, channel, at, constants, residual, sample);
     }
   }
 }
@@ -60,8 +61,8 @@ void count_code(Code code, int64_t channel, int64_t channels, bool channel_stats
 
 template <class Accumulator>
 void quantize_outputs(const LayerProblem& p, const LayerRange& range, Accumulator accumulator) {
-  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, float scale, float bias, int32_t residual, int64_t sample) {
-    const Code code = requantize(accumulator(row, channel, at), scale, bias, residual, p.samples[sample], p.activation, p.residual != nullptr);
+  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
+    const Code code = requantize(accumulator(row, channel, at), c, residual, p.samples[sample], p.activation, p.residual != nullptr);
     p.y[at] = code.q;
     count_code(code, channel, p.shape.out_channels, p.channel_stats, p.stats_row(sample));
   });
@@ -76,17 +77,16 @@ void layer_requantize(const LayerProblem& p, const LayerRange& range) {
 }
 
 void layer_float(const LayerProblem& p, const LayerRange& range) {
-  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, float scale, float bias, int32_t residual, int64_t sample) {
-    p.y_float[at] = layer_value(accumulate(p, row, channel), scale, bias, residual, p.samples[sample], p.activation, p.activation_min,
-                                p.activation_max, p.residual != nullptr);
+  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
+    p.y_float[at] = layer_value(accumulate(p, row, channel), c, residual, p.samples[sample], p.activation, p.activation_min, p.activation_max,
+                                p.residual != nullptr);
   });
 }
 
 void layer_accumulate(const LayerProblem& p, const LayerRange& range) {
-  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, float scale, float bias, int32_t residual, int64_t sample) {
+  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
     p.accumulators[at] = accumulate(p, row, channel);
-    const float y = layer_value(p.accumulators[at], scale, bias, residual, p.samples[sample], p.activation, p.activation_min, p.activation_max,
-                                p.residual != nullptr);
+    const float y = output_value(p.accumulators[at], c, residual, p.samples[sample], p.activation, p.residual != nullptr);
     atomic_widen(p.range + 2 * sample, y, y);
   });
 }
@@ -178,7 +178,7 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
   *lo = kInfinity;
   *hi = -kInfinity;
   for (int64_t i = 0; i < count; ++i) {
-    const float y = layer_value(a[i] - s.x_zero_point, 1.0f, 0.0f, b[i] - s.residual_zero_point, s, Activation::clamp, activation_min,
+    const float y = layer_value(a[i] - s.x_zero_point, {1.0f, 0.0f}, b[i] - s.residual_zero_point, s, Activation::clamp, activation_min,
                                 activation_max, true);
     *lo = min_f(y, *lo);
     *hi = max_f(y, *hi);
@@ -188,7 +188,7 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
          bool channel_stats) {
   for (int64_t i = 0; i < count; ++i) {
-    const Code code = requantize(a[i] - s.x_zero_point, 1.0f, 0.0f, b[i] - s.residual_zero_point, s, Activation::clamp, true);
+    const Code code = requantize(a[i] - s.x_zero_point, {1.0f, 0.0f}, b[i] - s.residual_zero_point, s, Activation::clamp, true);
     y[i] = code.q;
     count_code(code, i % channels, channels, channel_stats, stats);
   }
@@ -212,7 +212,7 @@ void average_range(const int32_t* sums, int64_t count, int32_t offset, float sha
   *lo = kInfinity;
   *hi = -kInfinity;
   for (int64_t i = 0; i < count; ++i) {
-    const float y = layer_value(sums[i] - offset, share, 0.0f, 0, s, Activation::clamp, -kInfinity, kInfinity, false);
+    const float y = layer_value(sums[i] - offset, {share, 0.0f}, 0, s, Activation::clamp, -kInfinity, kInfinity, false);
     *lo = min_f(y, *lo);
     *hi = max_f(y, *hi);
   }
@@ -221,7 +221,7 @@ void average_range(const int32_t* sums, int64_t count, int32_t offset, float sha
 int64_t average(const int32_t* sums, int64_t count, int32_t offset, float share, const SampleEpilogue& s, uint8_t* y) {
   int64_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Code code = requantize(sums[i] - offset, share, 0.0f, 0, s, Activation::clamp, false);
+    const Code code = requantize(sums[i] - offset, {share, 0.0f}, 0, s, Activation::clamp, false);
     y[i] = code.q;
     clipped += code.clipped;
   }

@@ -69,7 +69,8 @@ Tensor moments(const Tensor& q, int64_t sample_dims, bool channel_stats) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers
 
-Tensor pack_weight(const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, int64_t groups) {
+Tensor pack_weight(const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias, int64_t groups,
+                   const OptionalTensor& output_profile) {
   const char* op = "pack_weight";
   const IntView sizes = weight.sizes();
   require(sizes.size() == 2 || sizes.size() == 4, op, ": weight has shape ", text(sizes),
@@ -79,8 +80,10 @@ Tensor pack_weight(const Tensor& weight, const Tensor& weight_scale, const Optio
   check_dense({op, "weight"}, weight, weight.device_type(), codes().int8, sizes);
   check_dense({op, "weight_scale"}, weight_scale, weight.device_type(), codes().float32, {shape.out_channels});
   if (bias) check_dense({op, "bias"}, *bias, weight.device_type(), codes().float32, {shape.out_channels});
+  if (output_profile) check_dense({op, "output_profile"}, *output_profile, weight.device_type(), codes().float32, {shape.out_channels});
+  const auto optional = [](const OptionalTensor& t) { return t ? t->data<const float>() : nullptr; };
   Tensor packed = stable::empty({packed_weight_bytes(shape)}, codes().uint8, weight);
-  probquant::pack_weight(shape, weight.data<const int8_t>(), weight_scale.data<const float>(), bias ? bias->data<const float>() : nullptr,
+  probquant::pack_weight(shape, weight.data<const int8_t>(), weight_scale.data<const float>(), optional(bias), optional(output_profile),
                          packed.data<uint8_t>());
   return packed;
 }

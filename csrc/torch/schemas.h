@@ -25,7 +25,7 @@ inline constexpr const char* kSchemas[] = {
     "quantize(Tensor x, int sample_dims=1, Tensor? scale=None, Tensor? zero_point=None, bool channel_stats=False)" PROBQUANT_OUT,
     "dequantize(" PROBQUANT_X ", ScalarType? dtype=None) -> Tensor",
     "moments(Tensor q, int sample_dims=1, bool channel_stats=False) -> Tensor",
-    "pack_weight(Tensor weight, Tensor weight_scale, Tensor? bias=None, int groups=1) -> Tensor",
+    "pack_weight(Tensor weight, Tensor weight_scale, Tensor? bias=None, int groups=1, Tensor? output_profile=None) -> Tensor",
     "linear(" PROBQUANT_X ", Tensor x_stats, Tensor packed_weight, int out_features, " PROBQUANT_LAYER,
     "conv2d(" PROBQUANT_X ", Tensor x_stats, Tensor packed_weight, int out_channels, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int groups, " PROBQUANT_LAYER,

@@ -186,7 +186,7 @@ void fuzz_depthwise(Random& random, const Kernels& table, Case& c) {
   for (float& v : scale) v = some_scale(random) * (huge ? 1e9f : 1.0f) * (random.chance(20) ? -1.0f : 1.0f);
   const bool no_bias = random.chance(3);
   for (float& v : bias) v = no_bias ? 0.0f : random.uniform(-1, 1);
-  pack_weight(weight_shape(s), weight.data(), scale.data(), bias.data(), packed.data());
+  pack_weight(weight_shape(s), weight.data(), scale.data(), bias.data(), nullptr, packed.data());
 
   p.x = x.data();
   p.packed_weight = packed.data();

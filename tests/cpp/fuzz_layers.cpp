@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -220,9 +221,14 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   std::vector<float> scale(static_cast<size_t>(s.out_channels)), bias(static_cast<size_t>(s.out_channels));
   for (float& v : scale) v = r.one_in(50) ? 0.0f : r.uniform(0.0005f, 0.02f);
   for (float& v : bias) v = r.uniform(-1.0f, 1.0f);
+  const bool profiled = r.one_in(2);
+  std::vector<float> profile(scale.size(), 1.0f);
+  if (profiled)
+    for (float& v : profile) v = std::ldexp(r.uniform(1.0f, 2.0f), static_cast<int>(r.between(-5, 2)));
   Buffer packed(packed_weight_bytes(weight_shape(s)));
-  pack_weight(weight_shape(s), weight.data(), scale.data(), bias.data(), packed.data());
+  pack_weight(weight_shape(s), weight.data(), scale.data(), bias.data(), profiled ? profile.data() : nullptr, packed.data());
   p.packed_weight = packed.data();
+  p.profile = reinterpret_cast<const PackedTrailer*>(packed.data() + p.layout.trailer_offset())->profile;
 
   Buffer x(s.batch * s.in_height * s.in_width * s.in_channels), residual(has_residual ? values : 0);
   fill_codes(r, x.data(), x.bytes());
@@ -230,11 +236,12 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   p.x = x.data();
   p.residual = has_residual ? residual.data() : nullptr;
 
-  std::vector<SampleEpilogue> inputs(static_cast<size_t>(s.batch)), samples(inputs.size());
+  std::vector<SampleEpilogue> inputs(static_cast<size_t>(s.batch)), units(inputs.size()), samples(inputs.size());
   const double spread = static_cast<double>(weights) / static_cast<double>(s.out_channels);
   for (size_t n = 0; n < samples.size(); ++n) {
     const float x_scale = random_scale(r), y_scale = r.one_in(4) ? random_scale(r) : x_scale * static_cast<float>(std::sqrt(spread)) * r.uniform(0.2f, 4.0f);
-    inputs[n] = samples[n] = sample_inputs(x_scale, random_zero_point(r), has_residual ? random_scale(r) : 1.0f, has_residual ? random_zero_point(r) : 0);
+    inputs[n] = units[n] = samples[n] = sample_inputs(x_scale, random_zero_point(r), has_residual ? random_scale(r) : 1.0f, has_residual ? random_zero_point(r) : 0);
+    set_output(units[n], {1.0f, 0}, p.activation_min, p.activation_max);
     set_output(samples[n], {y_scale, random_zero_point(r)}, p.activation_min, p.activation_max);
   }
 
@@ -247,6 +254,7 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
     p.samples = inputs.data();
     run_split(r, p, layer.to_float, split);
     dynamic.attach(p);
+    p.samples = units.data();
     run_split(r, p, layer.accumulate, split);
     p.samples = samples.data();
     run_split(r, p, k.layer_requantize, split);
@@ -258,10 +266,10 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
     run(table, got, got_dynamic, r.one_in(2));
     if (compare(expected, got) && compare(expected_dynamic, got_dynamic)) continue;
     std::printf("%s differs from the reference: batch %ld, in %ld x %ld x %ld, out %ld x %ld x %ld, kernel %ld x %ld, stride %ld %ld, padding %ld %ld %ld %ld, "
-                "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d, channel_stats %d\n",
+                "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d, profile %d, channel_stats %d\n",
                 table.name, s.batch, s.in_height, s.in_width, s.in_channels, p.out_height, p.out_width, s.out_channels, s.kernel_height, s.kernel_width,
                 s.stride_height, s.stride_width, s.padding_top, s.padding_bottom, s.padding_left, s.padding_right, s.dilation_height, s.dilation_width, s.groups,
-                static_cast<int>(p.activation), static_cast<double>(p.activation_min), static_cast<double>(p.activation_max), has_residual, p.channel_stats);
+                static_cast<int>(p.activation), static_cast<double>(p.activation_min), static_cast<double>(p.activation_max), has_residual, profiled, p.channel_stats);
     return false;
   }
   return true;

@@ -138,7 +138,8 @@ class DenseKernel {
   static int64_t max_rows(int64_t) { return kRowsAtOnce; }
   static int panel_blocks(int64_t left) { return left == 1 ? 1 : kBlocksAtOnce; }
 
-  DenseKernel(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
+  DenseKernel(const LayerProblem& problem, Output kind)
+      : p(problem), output(kind), channels(problem.shape.out_channels), profiled_bounds(problem.profiled_bounds()) {}
 
   void start_chunk(int64_t begin, int64_t end) {
     chunk_sample = begin / p.rows_per_sample;
@@ -173,7 +174,7 @@ class DenseKernel {
           const int64_t left = present - 8 * j;
           code[j] = _mm256_setzero_si256();
           if (left <= 0) continue;
-          const __m256 t = scaled(e, at + c + 8 * j, load_lanes(acc + c + 8 * j, left), panel, c + 8 * j, left);
+          const __m256 t = output_values(e, at + c + 8 * j, load_lanes(acc + c + 8 * j, left), panel, c + 8 * j, left);
           clipped += count_bits(rounding.clipped(t) & first_lanes8(left));
           code[j] = rounding.codes(t);
         }
@@ -210,27 +211,46 @@ class DenseKernel {
     return *reinterpret_cast<const BlockHeader*>(panel.block + c / kBlockChannels * p.layout.block_bytes);
   }
 
-  /// What requantize() hands to round_to_code(), for 8 channels of a valid sample.
-  __m256 scaled(const SampleEpilogue& e, int64_t at, __m256i acc, const Panel& panel, int64_t c, int64_t left) const {
+  /// output_value() of 8 channels.
+  __m256 output_values(const SampleEpilogue& e, int64_t at, __m256i acc, const Panel& panel, int64_t c, int64_t left) const {
+    const BlockHeader& constants = header(panel, c);
+    const int64_t lane = c % kBlockChannels;
     const __m256 value = _mm256_cvtepi32_ps(acc), inverse_scale = _mm256_set1_ps(e.inverse_scale);
-    const __m256 scale = _mm256_loadu_ps(header(panel, c).scale + c % kBlockChannels), bias = _mm256_loadu_ps(header(panel, c).bias + c % kBlockChannels);
+    const __m256 scale = _mm256_loadu_ps(constants.scale + lane), bias = _mm256_loadu_ps(constants.bias + lane);
     if (p.activation != Activation::clamp) {
       const __m256 y = _mm256_fmadd_ps(value, _mm256_mul_ps(_mm256_set1_ps(e.x_scale), scale), bias);
-      return _mm256_mul_ps(activate_ps(p.activation, y), inverse_scale);
+      return _mm256_mul_ps(activate_ps(p.activation, _mm256_mul_ps(y, _mm256_loadu_ps(constants.profile + lane))),
+                           _mm256_mul_ps(inverse_scale, _mm256_loadu_ps(constants.inverse_profile + lane)));
     }
     __m256 t = _mm256_fmadd_ps(value, _mm256_mul_ps(_mm256_set1_ps(e.multiplier), scale), _mm256_mul_ps(inverse_scale, bias));
     if (p.residual) t = _mm256_fmadd_ps(residual(e.residual_zero_point, at, left), _mm256_set1_ps(e.residual_multiplier), t);
-    return clamp_ps(t, _mm256_set1_ps(e.activation_lo), _mm256_set1_ps(e.activation_hi));
+    __m256 lo = _mm256_set1_ps(e.activation_lo), hi = _mm256_set1_ps(e.activation_hi);
+    if (profiled_bounds) {
+      const __m256 inverse_profile = _mm256_loadu_ps(constants.inverse_profile + lane);
+      lo = _mm256_mul_ps(lo, inverse_profile);
+      hi = _mm256_mul_ps(hi, inverse_profile);
+    }
+    return clamp_ps(t, lo, hi);
   }
 
-  /// layer_value() of 8 channels: stores it, or the accumulators and its range.
-  void finish_value(const SampleEpilogue& e, int64_t at, __m256i acc, const Panel& panel, int64_t c) {
-    const int64_t left = panel.channels - c;
-    const __m256 scale = _mm256_loadu_ps(header(panel, c).scale + c % kBlockChannels), bias = _mm256_loadu_ps(header(panel, c).bias + c % kBlockChannels);
+  /// layer_value() of 8 channels.
+  __m256 layer_values(const SampleEpilogue& e, int64_t at, __m256i acc, const Panel& panel, int64_t c, int64_t left) const {
+    const BlockHeader& constants = header(panel, c);
+    const int64_t lane = c % kBlockChannels;
+    const __m256 scale = _mm256_loadu_ps(constants.scale + lane), bias = _mm256_loadu_ps(constants.bias + lane);
     __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_mul_ps(_mm256_set1_ps(e.x_scale), scale), bias);
     if (p.residual) y = _mm256_fmadd_ps(residual(e.residual_zero_point, at, left), _mm256_set1_ps(e.residual_scale), y);
-    y = p.activation == Activation::clamp ? clamp_ps(y, _mm256_set1_ps(p.activation_min), _mm256_set1_ps(p.activation_max)) : activate_ps(p.activation, y);
-    if (output == Output::floats) return store_lanes(reinterpret_cast<int32_t*>(p.y_float + at), _mm256_castps_si256(y), left);
+    y = _mm256_mul_ps(y, _mm256_loadu_ps(constants.profile + lane));
+    return p.activation == Activation::clamp ? clamp_ps(y, _mm256_set1_ps(p.activation_min), _mm256_set1_ps(p.activation_max))
+                                             : activate_ps(p.activation, y);
+  }
+
+  /// 8 channels that are not written as codes: stores layer_value, or the accumulators, and the range of output_value.
+  void finish_value(const SampleEpilogue& e, int64_t at, __m256i acc, const Panel& panel, int64_t c) {
+    const int64_t left = panel.channels - c;
+    if (output == Output::floats)
+      return store_lanes(reinterpret_cast<int32_t*>(p.y_float + at), _mm256_castps_si256(layer_values(e, at, acc, panel, c, left)), left);
+    const __m256 y = output_values(e, at, acc, panel, c, left);
     store_lanes(p.accumulators + at, acc, left);
     const __m256 exists = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
     range_lo = _mm256_min_ps(_mm256_blendv_ps(_mm256_set1_ps(__builtin_inff()), y, exists), range_lo);
@@ -265,6 +285,7 @@ class DenseKernel {
   const LayerProblem& p;
   const Output output;
   const int64_t channels;
+  const bool profiled_bounds;
   Piece piece;
 
   int64_t chunk_sample = 0, chunk_samples = 0;

@@ -36,6 +36,8 @@ struct Group {
   alignas(32) int32_t weight_sum[2][8];
   alignas(32) float scale[2][8];
   alignas(32) float bias[2][8];
+  alignas(32) float profile[2][8];
+  alignas(32) float inverse_profile[2][8];
   alignas(32) int16_t weights[2][kMaxSteps * kPairBytes / 2];  ///< of the first output row of a pair, and of the second
 
   /// `pairs` of taps per kernel column are wanted.
@@ -52,6 +54,8 @@ struct Group {
     halves(offsetof(BlockHeader, weight_sum), weight_sum);
     halves(offsetof(BlockHeader, scale), scale);
     halves(offsetof(BlockHeader, bias), bias);
+    halves(offsetof(BlockHeader, profile), profile);
+    halves(offsetof(BlockHeader, inverse_profile), inverse_profile);
     const __m256i split = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     for (int64_t kx = 0; kx < p.layout.kernel_width; ++kx) {
       int16_t *upper = weights[0] + kx * pairs * kPairBytes / 2, *lower = weights[1] + kx * pairs * kPairBytes / 2;
@@ -77,6 +81,7 @@ struct Group {
 struct Work {
   const LayerProblem& p;
   const Group& g;
+  const bool profiled_bounds;
   const SampleEpilogue* s = nullptr;
   alignas(32) int32_t correction[2][8];  ///< -zero point * weight sum
   alignas(32) float multiplier[2][8];
@@ -84,11 +89,12 @@ struct Work {
   int64_t sum = 0, squares = 0, clipped = 0;
   float lo = kInfinity, hi = -kInfinity;
 
-  Work(const LayerProblem& problem, const Group& group) : p(problem), g(group) {}
+  Work(const LayerProblem& problem, const Group& group) : p(problem), g(group), profiled_bounds(problem.profiled_bounds()) {}
 
-  /// Constants of one sample: t = multiplier * accumulator + bias.
-  void start(int64_t sample, float scale_factor, float bias_factor) {
+  /// Constants of one sample: multiplier * accumulator + bias, in real units, or in those of the output's scale.
+  void start(int64_t sample, bool real) {
     s = p.samples + sample;
+    const float scale_factor = real ? s->x_scale : s->multiplier, bias_factor = real ? 1.0f : s->inverse_scale;
     for (int i = 0; i < 2; ++i) {
       store(correction[i], _mm256_mullo_epi32(_mm256_set1_epi32(-s->x_zero_point), load(g.weight_sum[i])));
       _mm256_store_ps(multiplier[i], _mm256_mul_ps(_mm256_set1_ps(scale_factor), _mm256_load_ps(g.scale[i])));
@@ -106,6 +112,33 @@ struct Work {
     for (int i = 0; i < 2; ++i) {
       const __m256i centred = _mm256_sub_epi32(v[i], _mm256_set1_epi32(s->residual_zero_point));
       out[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(centred), _mm256_set1_ps(residual_factor), out[i]);
+    }
+  }
+  /// output_value of 16 outputs.
+  void output_values(const __m256i (&acc)[2], int64_t at, __m256 (&t)[2]) const {
+    values(acc, at, s->residual_multiplier, t);
+    for (int i = 0; i < 2; ++i) {
+      const __m256 inverse_profile = _mm256_load_ps(g.inverse_profile[i]);
+      if (p.activation != Activation::clamp) {
+        t[i] = activate_ps(p.activation, _mm256_mul_ps(t[i], _mm256_load_ps(g.profile[i])));
+        t[i] = _mm256_mul_ps(t[i], _mm256_mul_ps(_mm256_set1_ps(s->inverse_scale), inverse_profile));
+        continue;
+      }
+      __m256 lower = _mm256_set1_ps(s->activation_lo), upper = _mm256_set1_ps(s->activation_hi);
+      if (profiled_bounds) {
+        lower = _mm256_mul_ps(lower, inverse_profile);
+        upper = _mm256_mul_ps(upper, inverse_profile);
+      }
+      t[i] = clamp_ps(t[i], lower, upper);
+    }
+  }
+  /// layer_value of 16 outputs.
+  void layer_values(const __m256i (&acc)[2], int64_t at, __m256 (&y)[2]) const {
+    values(acc, at, s->residual_scale, y);
+    for (int i = 0; i < 2; ++i) {
+      y[i] = _mm256_mul_ps(y[i], _mm256_load_ps(g.profile[i]));
+      y[i] = p.activation == Activation::clamp ? clamp_ps(y[i], _mm256_set1_ps(p.activation_min), _mm256_set1_ps(p.activation_max))
+                                               : activate_ps(p.activation, y[i]);
     }
   }
   /// Bits of the dwords of a half that are channels.
@@ -135,13 +168,10 @@ struct Codes {
   explicit Codes(const Work& work) : w(&work), rounding(work.s->y_zero_point), masks{work.half_mask(0), work.half_mask(1)} {}
 
   __attribute__((always_inline)) void operator()(const __m256i (&acc)[2], int64_t at) {
-    const SampleEpilogue& s = *w->s;
     __m256 t[2];
-    w->values(acc, at, s.residual_multiplier, t);
+    w->output_values(acc, at, t);
     __m256i codes[2];
     for (int i = 0; i < 2; ++i) {
-      t[i] = w->p.activation == Activation::clamp ? clamp_ps(t[i], _mm256_set1_ps(s.activation_lo), _mm256_set1_ps(s.activation_hi))
-                                                  : _mm256_mul_ps(activate_ps(w->p.activation, t[i]), _mm256_set1_ps(s.inverse_scale));
       clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
       codes[i] = rounding.codes(t[i]);
     }
@@ -167,14 +197,6 @@ struct Codes {
   }
 };
 
-/// layer_value of 16 outputs.
-inline void layer_values(const Work& w, const __m256i (&acc)[2], int64_t at, __m256 (&y)[2]) {
-  w.values(acc, at, w.s->residual_scale, y);
-  for (int i = 0; i < 2; ++i)
-    y[i] = w.p.activation == Activation::clamp ? clamp_ps(y[i], _mm256_set1_ps(w.p.activation_min), _mm256_set1_ps(w.p.activation_max))
-                                               : activate_ps(w.p.activation, y[i]);
-}
-
 inline void store_dwords(void* y, int64_t at, int64_t channels, __m256i (&v)[2]) {
   exchange_middle(v);
   for (int64_t i = 0; i < 2; ++i) store_bytes32(static_cast<int32_t*>(y) + at + 8 * i, v[i], 4 * (channels - 8 * i));
@@ -186,7 +208,7 @@ struct Floats {
 
   void operator()(const __m256i (&acc)[2], int64_t at) {
     __m256 y[2];
-    layer_values(w, acc, at, y);
+    w.layer_values(acc, at, y);
     __m256i bits[2] = {_mm256_castps_si256(y[0]), _mm256_castps_si256(y[1])};
     store_dwords(w.p.y_float, at, w.g.channels, bits);
   }
@@ -200,7 +222,7 @@ struct Accumulators {
 
   void operator()(const __m256i (&acc)[2], int64_t at) {
     __m256 y[2];
-    layer_values(w, acc, at, y);
+    w.output_values(acc, at, y);
     alignas(32) float values[2][8];
     for (int i = 0; i < 2; ++i) {
       _mm256_store_ps(values[i], y[i]);
@@ -372,15 +394,15 @@ void for_each_group(const LayerProblem& p, const LayerRange& range, Start start,
   });
 }
 
+/// Constants of output_value, and of layer_value.
+void start_outputs(Work& w, int64_t sample) { w.start(sample, w.p.activation != Activation::clamp); }
+void start_values(Work& w, int64_t sample) { w.start(sample, true); }
+
 void quantized(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.quantized(p, range);
   for_each_group(
       p, range,
-      [&](Work& w, int64_t sample) {
-        const SampleEpilogue& s = p.samples[sample];
-        const bool clamp = p.activation == Activation::clamp;
-        w.start(sample, clamp ? s.multiplier : s.x_scale, clamp ? s.inverse_scale : 1.0f);
-      },
+      start_outputs,
       [&](Work& w, const Rectangle& r) {
         const Group& g = w.g;
         const int64_t columns = r.x_end - r.x_begin;
@@ -399,9 +421,6 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
       [](Work& w) { w.add_stats(); });
 }
 
-/// Constants of layer_value.
-void start_values(Work& w, int64_t sample) { w.start(sample, w.p.samples[sample].x_scale, 1.0f); }
-
 void to_float(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.to_float(p, range);
   for_each_group(p, range, start_values, run_rectangle<Floats>, [](Work&) {});
@@ -409,7 +428,7 @@ void to_float(const LayerProblem& p, const LayerRange& range) {
 
 void accumulate_range(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.accumulate(p, range);
-  for_each_group(p, range, start_values, run_rectangle<Accumulators>, [&](Work& w) {
+  for_each_group(p, range, start_outputs, run_rectangle<Accumulators>, [&](Work& w) {
     atomic_widen(p.range + 2 * (w.s - p.samples), w.lo, w.hi);
     w.lo = kInfinity;
     w.hi = -kInfinity;

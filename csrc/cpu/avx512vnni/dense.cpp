@@ -129,7 +129,7 @@ struct SampleConstants {
   int32_t residual_zero_point, zero_point, hi;
   int32_t least, most;  ///< codes that the activation lets through
 
-  void set(const SampleEpilogue& e, Activation activation) {
+  void set(const SampleEpilogue& e, const LayerProblem& p) {
     const float lo = -static_cast<float>(e.y_zero_point);
     multiplier = e.multiplier;
     inverse_scale = e.inverse_scale;
@@ -142,7 +142,7 @@ struct SampleConstants {
     hi_edge = lo + 255.5f;
     low_clips = !(e.activation_lo >= lo_edge);
     high_clips = !(e.activation_hi <= hi_edge);
-    plain = e.valid && activation == Activation::clamp && e.activation_lo <= hi_edge && e.activation_hi >= lo_edge && (high_clips || !low_clips);
+    plain = e.valid && p.activation == Activation::clamp && !p.profiled_bounds() && e.activation_lo <= hi_edge && e.activation_hi >= lo_edge && (high_clips || !low_clips);
     least = code(e.activation_lo);
     most = code(e.activation_hi);
   }
@@ -377,34 +377,39 @@ constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue from memory: what is left, and layer_requantize
 
+/// q - zero point of a residual.
+inline __m512 residual_values(const uint8_t* residual, const SampleEpilogue& e, __mmask16 lanes) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual)), _mm512_set1_epi32(e.residual_zero_point)));
+}
+
 /// layer_value() of 16 channels.
 inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
                            __mmask16 lanes) {
   const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale));
   __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, _mm512_loadu_ps(header.bias));
-  if (residual) {
-    const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual)), _mm512_set1_epi32(e.residual_zero_point));
-    y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(e.residual_scale), y);
-  }
+  if (residual) y = _mm512_fmadd_ps(residual_values(residual, e, lanes), _mm512_set1_ps(e.residual_scale), y);
+  y = _mm512_mul_ps(y, _mm512_loadu_ps(header.profile));
   if (p.activation != Activation::clamp) return activate_ps(p.activation, y);
   return clamp_ps(y, _mm512_set1_ps(p.activation_min), _mm512_set1_ps(p.activation_max));
 }
 
-/// What requantize() hands to round_to_code(), for 16 channels of a valid sample.
-inline __m512 layer_codes(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
-                          __mmask16 lanes) {
+/// output_value() of 16 channels.
+inline __m512 output_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
+                            __mmask16 lanes) {
   const __m512 value = _mm512_cvtepi32_ps(acc), scale = _mm512_loadu_ps(header.scale), bias = _mm512_loadu_ps(header.bias);
-  const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale);
+  const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale), inverse_profile = _mm512_loadu_ps(header.inverse_profile);
   if (p.activation != Activation::clamp) {
     const __m512 y = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.x_scale), scale), bias);
-    return _mm512_mul_ps(activate_ps(p.activation, y), inverse_scale);
+    return _mm512_mul_ps(activate_ps(p.activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile))), _mm512_mul_ps(inverse_scale, inverse_profile));
   }
   __m512 t = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.multiplier), scale), _mm512_mul_ps(inverse_scale, bias));
-  if (residual) {
-    const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual)), _mm512_set1_epi32(e.residual_zero_point));
-    t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(e.residual_multiplier), t);
+  if (residual) t = _mm512_fmadd_ps(residual_values(residual, e, lanes), _mm512_set1_ps(e.residual_multiplier), t);
+  __m512 lo = _mm512_set1_ps(e.activation_lo), hi = _mm512_set1_ps(e.activation_hi);
+  if (p.profiled_bounds()) {
+    lo = _mm512_mul_ps(lo, inverse_profile);
+    hi = _mm512_mul_ps(hi, inverse_profile);
   }
-  return clamp_ps(t, _mm512_set1_ps(e.activation_lo), _mm512_set1_ps(e.activation_hi));
+  return clamp_ps(t, lo, hi);
 }
 
 /// Runs the layer: chooses the register tile, finishes what it leaves, and gathers statistics.
@@ -422,7 +427,7 @@ class DenseKernel {
     chunk_sample = begin / p.rows_per_sample;
     chunk_samples = (end - 1) / p.rows_per_sample + 1 - chunk_sample;
     for (int64_t i = 0; i < chunk_samples; ++i) {
-      constants[i].set(p.samples[chunk_sample + i], p.activation);
+      constants[i].set(p.samples[chunk_sample + i], p);
       for (int64_t& counter : counters[i]) counter = 0;
     }
   }
@@ -465,11 +470,11 @@ class DenseKernel {
           finish_codes(a, header, e, rounding, residual, lanes, at);
           continue;
         }
-        const __m512 y = layer_values(a, header, e, p, residual, lanes);
         if (output == Output::floats) {
-          _mm512_mask_storeu_ps(p.y_float + at, lanes, y);
+          _mm512_mask_storeu_ps(p.y_float + at, lanes, layer_values(a, header, e, p, residual, lanes));
           continue;
         }
+        const __m512 y = output_values(a, header, e, p, residual, lanes);
         _mm512_mask_storeu_epi32(p.accumulators + at, lanes, a);
         if (sample[i] != range_sample) flush_range(sample[i]);
         range_lo = _mm512_mask_min_ps(range_lo, lanes, y, range_lo);
@@ -512,7 +517,7 @@ class DenseKernel {
       current.inside = _mm512_mask_sub_epi32(current.inside, lanes, current.inside, _mm512_set1_epi32(-1));
       return;
     }
-    const __m512 t = layer_codes(acc, header, e, p, residual, lanes);
+    const __m512 t = output_values(acc, header, e, p, residual, lanes);
     const __m128i q = _mm_maskz_mov_epi8(lanes, _mm512_cvtepi32_epi8(rounding.codes(t)));
     _mm_mask_storeu_epi8(p.y + at, lanes, q);
     current.sums.add(_mm512_zextsi128_si512(q));

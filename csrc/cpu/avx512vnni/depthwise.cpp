@@ -48,6 +48,8 @@ struct Group {
   alignas(64) int32_t weight_sum[kParts][16];
   alignas(64) float scale[kParts][16];
   alignas(64) float bias[kParts][16];
+  alignas(64) float profile[kParts][16];
+  alignas(64) float inverse_profile[kParts][16];
   alignas(64) int8_t weights[2][kMaxSteps * kQuadBytes];  ///< of the first output row of a pair, and of the second
 
   Group(const LayerProblem& p, int64_t first, int64_t end) : channel(first), channels(end - first < kVector ? end - first : kVector) {
@@ -67,6 +69,8 @@ struct Group {
     gather(offsetof(BlockHeader, weight_sum), weight_sum);
     gather(offsetof(BlockHeader, scale), scale);
     gather(offsetof(BlockHeader, bias), bias);
+    gather(offsetof(BlockHeader, profile), profile);
+    gather(offsetof(BlockHeader, inverse_profile), inverse_profile);
     for (int64_t step = 0; step < p.layout.steps; ++step) {
       int8_t* upper = weights[0] + step * kQuadBytes;
       int8_t* lower = weights[1] + step * kQuadBytes;
@@ -95,9 +99,10 @@ struct Work {
 
   Work(const LayerProblem& problem, const Group& group) : p(problem), g(group) {}
 
-  /// Constants of one sample: t = multiplier * accumulator + bias.
-  void start(int64_t sample, float scale_factor, float bias_factor) {
+  /// Constants of one sample: multiplier * accumulator + bias, in real units, or in those of the output's scale.
+  void start(int64_t sample, bool real) {
     s = p.samples + sample;
+    const float scale_factor = real ? s->x_scale : s->multiplier, bias_factor = real ? 1.0f : s->inverse_scale;
     const __m512i minus_zero_point = _mm512_set1_epi32(-s->x_zero_point);
     for (int i = 0; i < kParts; ++i) {
       _mm512_store_si512(correction[i], _mm512_mullo_epi32(minus_zero_point, _mm512_load_si512(g.weight_sum[i])));
@@ -111,7 +116,7 @@ struct Work {
   /// before or after them gives the same code.
   bool prepare_fast() {
     const float z = static_cast<float>(s->y_zero_point), low = -z - 0.5f, high = 255.5f - z;
-    if (p.activation != Activation::clamp || p.residual || !(s->activation_lo <= high) || !(s->activation_hi >= low)) return false;
+    if (p.activation != Activation::clamp || p.profiled_bounds() || p.residual || !(s->activation_lo <= high) || !(s->activation_hi >= low)) return false;
     const __m512 largest = _mm512_set1_ps(static_cast<float>(p.layout.taps * 255 * 127));
     for (int i = 0; i < kParts; ++i) {
       const __m512 reach = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_load_ps(multiplier[i])), largest, _mm512_abs_ps(_mm512_load_ps(bias[i])));
@@ -309,25 +314,47 @@ struct OneByOne {
   void finish() {}
 };
 
-/// Requantization in full: curved activations, residuals, values beyond int32, NaN.
+/// multiplier * accumulator + bias + residual_factor * residual of a vector of outputs, in part order.
+inline void affine_values(const Work& w, const VectorOfParts& acc, const Place& place, float residual_factor, __m512 (&out)[kParts]) {
+  __m512i residual[kParts];
+  if (w.p.residual) load_residual(w.p.residual, w.s->residual_zero_point, w.g, place, residual);
+  for (int i = 0; i < kParts; ++i) {
+    out[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc.part[i]), _mm512_load_ps(w.multiplier[i]), _mm512_load_ps(w.bias[i]));
+    if (w.p.residual) out[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(residual[i]), _mm512_set1_ps(residual_factor), out[i]);
+  }
+}
+
+/// output_value of a vector of outputs, in part order.
+inline void output_values(const Work& w, const VectorOfParts& acc, const Place& place, __m512 (&t)[kParts]) {
+  const SampleEpilogue& s = *w.s;
+  affine_values(w, acc, place, s.residual_multiplier, t);
+  for (int i = 0; i < kParts; ++i) {
+    const __m512 inverse_profile = _mm512_load_ps(w.g.inverse_profile[i]);
+    if (w.p.activation != Activation::clamp) {
+      t[i] = activate_ps(w.p.activation, _mm512_mul_ps(t[i], _mm512_load_ps(w.g.profile[i])));
+      t[i] = _mm512_mul_ps(t[i], _mm512_mul_ps(_mm512_set1_ps(s.inverse_scale), inverse_profile));
+      continue;
+    }
+    __m512 lower = _mm512_set1_ps(s.activation_lo), upper = _mm512_set1_ps(s.activation_hi);
+    if (w.p.profiled_bounds()) {
+      lower = _mm512_mul_ps(lower, inverse_profile);
+      upper = _mm512_mul_ps(upper, inverse_profile);
+    }
+    t[i] = clamp_ps(t[i], lower, upper);
+  }
+}
+
+/// Requantization in full: curved activations, profiled bounds, residuals, values beyond int32, NaN.
 struct AnyCodes : OneByOne<AnyCodes> {
   using OneByOne::OneByOne;
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
-    const SampleEpilogue& s = *w->s;
-    const Rounding rounding(s.y_zero_point);
-    __m512i residual[kParts];
-    if (w->p.residual) load_residual(w->p.residual, s.residual_zero_point, w->g, place, residual);
+    const Rounding rounding(w->s->y_zero_point);
+    __m512 t[kParts];
+    output_values(*w, acc, place, t);
     for (int i = 0; i < kParts; ++i) {
-      __m512 t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc.part[i]), _mm512_load_ps(w->multiplier[i]), _mm512_load_ps(w->bias[i]));
-      if (w->p.activation != Activation::clamp) {
-        t = _mm512_mul_ps(activate_ps(w->p.activation, t), _mm512_set1_ps(s.inverse_scale));
-      } else {
-        if (w->p.residual) t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(residual[i]), _mm512_set1_ps(s.residual_multiplier), t);
-        t = clamp_ps(t, _mm512_set1_ps(s.activation_lo), _mm512_set1_ps(s.activation_hi));
-      }
-      w->clipped += __builtin_popcount(rounding.clipped(t) & part_mask(place.mask, i));
-      acc.part[i] = rounding.codes(t);
+      w->clipped += __builtin_popcount(rounding.clipped(t[i]) & part_mask(place.mask, i));
+      acc.part[i] = rounding.codes(t[i]);
     }
     const __m512i q = pack_codes(acc.part);
     store_codes(w->p.y, w->g, place, q);
@@ -339,11 +366,9 @@ struct AnyCodes : OneByOne<AnyCodes> {
 
 /// layer_value of a vector of outputs, in part order.
 inline void layer_values(const Work& w, const VectorOfParts& acc, const Place& place, __m512 (&out)[kParts]) {
-  __m512i residual[kParts];
-  if (w.p.residual) load_residual(w.p.residual, w.s->residual_zero_point, w.g, place, residual);
+  affine_values(w, acc, place, w.s->residual_scale, out);
   for (int i = 0; i < kParts; ++i) {
-    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc.part[i]), _mm512_load_ps(w.multiplier[i]), _mm512_load_ps(w.bias[i]));
-    if (w.p.residual) y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(residual[i]), _mm512_set1_ps(w.s->residual_scale), y);
+    const __m512 y = _mm512_mul_ps(out[i], _mm512_load_ps(w.g.profile[i]));
     out[i] = w.p.activation == Activation::clamp ? clamp_ps(y, _mm512_set1_ps(w.p.activation_min), _mm512_set1_ps(w.p.activation_max))
                                                  : activate_ps(w.p.activation, y);
   }
@@ -376,7 +401,7 @@ struct Accumulators : OneByOne<Accumulators> {
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
     __m512 y[kParts];
-    layer_values(*w, acc, place, y);
+    output_values(*w, acc, place, y);
     for (int i = 0; i < kParts; ++i) {
       const __mmask16 mask = part_mask(place.mask, i);
       not_numbers = static_cast<__mmask16>(not_numbers | _mm512_mask_cmp_ps_mask(mask, y[i], y[i], _CMP_UNORD_Q));
@@ -668,6 +693,10 @@ void for_each_group(const LayerProblem& p, const LayerRange& range, Start start,
   });
 }
 
+/// Constants of output_value, and of layer_value.
+void start_outputs(Work& w, int64_t sample) { w.start(sample, w.p.activation != Activation::clamp); }
+void start_values(Work& w, int64_t sample) { w.start(sample, true); }
+
 void quantized(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.quantized(p, range);
   const bool three_taps = p.layout.steps == 3 && p.layout.kernel_width == 3;  // 3x3 above all
@@ -675,10 +704,8 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
   for_each_group(
       p, range,
       [&](Work& w, int64_t sample) {
-        const SampleEpilogue& s = p.samples[sample];
-        const bool clamp = p.activation == Activation::clamp;
-        w.start(sample, clamp ? s.multiplier : s.x_scale, clamp ? s.inverse_scale : 1.0f);
-        fast = s.valid && w.prepare_fast();
+        start_outputs(w, sample);
+        fast = w.s->valid && w.prepare_fast();
       },
       [&](Work& w, const Rectangle& r) {
         const Group& g = w.g;
@@ -702,9 +729,6 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
       [](Work& w) { w.add_stats(); });
 }
 
-/// Constants of layer_value.
-void start_values(Work& w, int64_t sample) { w.start(sample, w.p.samples[sample].x_scale, 1.0f); }
-
 void to_float(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.to_float(p, range);
   for_each_group(p, range, start_values, run_rectangle<Floats>, [](Work&) {});
@@ -712,7 +736,7 @@ void to_float(const LayerProblem& p, const LayerRange& range) {
 
 void accumulate_range(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.accumulate(p, range);
-  for_each_group(p, range, start_values, run_rectangle<Accumulators>, [&](Work& w) {
+  for_each_group(p, range, start_outputs, run_rectangle<Accumulators>, [&](Work& w) {
     atomic_widen(p.range + 2 * (w.s - p.samples), w.lo, w.hi);
     w.lo = kInfinity;
     w.hi = -kInfinity;

@@ -43,9 +43,11 @@ struct WeightShape {
 PROBQUANT_API int64_t packed_weight_bytes(const WeightShape& shape);
 
 /// Packs a canonical weight in [-127, 127] with its per-channel scale [O] and bias [O] (null: zeros).
+/// output_profile [O] (null: ones), 2^-60 to 2^60: static factors r_o of the 8-bit output, whose codes then stand for
+/// scale * r_o * (q - zero_point). They are the reader's to know: it folds them into its own weights. A residual has the same.
 /// `packed` needs packed_weight_bytes(shape) bytes, 64-byte aligned for full speed.
-PROBQUANT_API void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale,
-                               const float* bias, uint8_t* packed);
+PROBQUANT_API void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias,
+                               const float* output_profile, uint8_t* packed);
 
 /// Everything of a layer but its geometry.
 struct LayerArguments {
