@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import operator
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.fx
@@ -221,7 +222,9 @@ def main(argv: list[str] | None = None) -> None:
         for name in models:
             task = task_of(args, name)
             batches = [task.normalize(pictures) for pictures in task.pictures(task.calibration, args.batch)]
-            run[f"calibration of {name}"] = f"{sum(map(len, batches))} pictures: {getattr(task.calibration, 'source', 'held out')}"
+            source = getattr(task.calibration, "source", "held out")
+            source = " ".join(Path(word).name if os.sep in word else word for word in source.split())  # folders are nobody's business
+            run[f"calibration of {name}"] = f"{sum(map(len, batches))} pictures: {source}"
             specs = [spec for spec in strategies if spec != FLOAT32]
             built = {spec: quantized(spec, task, batches) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
             for shift in shifts:

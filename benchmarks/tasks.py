@@ -185,9 +185,9 @@ class Detection:
             evaluation = COCOeval(self.coco, self.coco.loadRes(found), "bbox")
             evaluation.params.imgIds = self.ids
             evaluation.evaluate()
-            results = []
+            results, matches = [], evaluation.evalImgs
             for left_out in (set(), *groups):
-                evaluation.params.imgIds = [i for i in self.ids if i not in left_out]
+                evaluation.evalImgs = [None if match is None or match["image_id"] in left_out else match for match in matches]
                 evaluation.accumulate()
                 evaluation.summarize()
                 results.append((float(evaluation.stats[0]), float(evaluation.stats[1])))

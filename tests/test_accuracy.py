@@ -163,6 +163,9 @@ def test_detection_is_judged_by_coco(benchmarks, coco_folder, tmp_path):
     assert perfect[3][0]["bbox"] == pytest.approx([10, 20, 40, 30], abs=1e-3)
     judged = task.judge(perfect, perfect)
     assert judged["ap"] == pytest.approx((1.0, 1.0)) and judged["drop"][0] == judged["drop_low"][0] == judged["drop_high"][0] == 0
+    tasks._GROUPS = 20  # a picture each: without one, what is left is judged, and nothing else
+    only_first = task._precisions([perfect[0], *[[]] * 19])
+    assert [ap for ap, _ in only_first] == pytest.approx([only_first[0][0], 0.0, *[only_first[2][0]] * 19]) and only_first[0][0] > 0
     half = task.judge([boxes if i % 2 else [] for i, boxes in enumerate(perfect)], perfect)
     assert half["ap"][0] == pytest.approx(0.5, abs=0.01) and half["drop"][0] == pytest.approx(0.5, abs=0.01)
     assert half["drop_low"][0] < half["drop"][0] < half["drop_high"][0] < 1
@@ -237,6 +240,11 @@ def test_the_script(benchmarks, tmp_path):
     for row in rows:
         assert list(row) == ["task", "model", "strategy", "shift", "metric", "value", "float32", "n"] and row["n"] == 16
     assert all(row["value"] > 15 for row in rows if row["metric"] == "sqnr_mean" and row["strategy"] != "history")
+    report = [sys.executable, str(BENCHMARKS / "report.py"), "a.json", "--out", "results"]
+    assert subprocess.run(report, cwd=tmp_path, timeout=300, check=False).returncode == 0
+    page = (tmp_path / "results" / "accuracy.md").read_text()
+    assert "## resnet20" in page and "calibrated on 8 pictures: held out" in page and page.count("| float32 |") == 3
+    assert page.count("| dynamic:profile |") == 3 and (tmp_path / "results" / "accuracy-resnet20.svg").exists()
     for wrong, says in ((["--strategies", "statik"], "strategy is 'statik'"), (["--shifts", "snow"], "shift 'snow'"), ([], "resnet20 needs --weights")):
         extra = ["--weights", "r.th"] if wrong else []
         failed = subprocess.run([*command, *extra, *wrong], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
