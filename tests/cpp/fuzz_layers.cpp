@@ -1,6 +1,6 @@
 // Random layers on every instruction set of this processor, compared with the reference byte by byte.
 //
-//   fuzz_layers [seed] [cases] [seconds]     stops after so many cases or seconds, whichever comes first (0: no limit)
+//   fuzz_layers [seed] [cases] [seconds] [isa]     stops after so many cases or seconds, whichever comes first (0: no limit)
 //
 // Works below the front ends, on the kernel tables themselves: it links the sources, not the library. Every buffer that a
 // kernel reads or writes ends at an unmapped page, and every output is preceded by bytes that must stay as they are.
@@ -281,7 +281,10 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
   const int64_t cases = argc > 2 ? std::atoll(argv[2]) : 1000;
   const double seconds = argc > 3 ? std::atof(argv[3]) : 0;
-  const std::vector<Kernels> all = tables();
+  const std::string only = argc > 4 ? argv[4] : "";
+  std::vector<Kernels> all;
+  for (const Kernels& table : tables())
+    if (only.empty() || only == table.name) all.push_back(table);
   const auto start = std::chrono::steady_clock::now();
   int64_t done = 0;
   for (; cases == 0 || done < cases; ++done) {
