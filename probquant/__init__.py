@@ -14,6 +14,7 @@ from ._native import build_info, cpu_info
 from ._ops import Activation, Strategy, ops
 from .model import Capture, LayerInfo, QuantizedModel, load, save, validate
 from .quantize import capture, quantize
+from .telemetry import Telemetry
 from .compare import Comparison, compare  # after what it compares
 
 __version__ = build_info()["version"]
@@ -28,6 +29,7 @@ __all__ = [
     "LayerInfo",
     "QuantizedModel",
     "Strategy",
+    "Telemetry",
     "build_info",
     "capture",
     "cmake_prefix_path",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ._ops import ops
 from .files import replacing
+from .telemetry import Telemetry
 
 _UNITS = "int8_layers"
 _FORMAT = 1
@@ -29,7 +31,8 @@ class LayerInfo:
     name: module path in the float model (or the graph node's name). kind: conv2d, linear, add, ... int8: whether it runs on
     8-bit codes; if not, `reason` says why. strategy: how its output gets its range ("float32" where the output is not
     quantized). sample: "image" or "token", what has a scale of its own. fused: what runs in the same kernel. output: node
-    of the float graph that its output stands for. predictor: fitted values by name.
+    of the float graph that its output stands for. predictor: fitted values by name. clipped: share of its output values that
+    saturated on the calibration images, where it was measured (see telemetry.py).
     """
 
     name: str
@@ -41,6 +44,7 @@ class LayerInfo:
     fused: str = ""
     output: str = ""
     predictor: dict[str, float] = dataclasses.field(default_factory=dict)
+    clipped: float | None = None
 
 
 class Summary:
@@ -125,6 +129,10 @@ class QuantizedModel(fx.GraphModule):
 
         with torch.no_grad():
             return Recorder(self).run(*inputs), captures
+
+    def telemetry(self, prepare: Callable[[fx.GraphModule], Callable] | None = None) -> Telemetry:
+        """This model with its clipped values counted, to be called in its place: see Telemetry."""
+        return Telemetry(self, prepare)
 
     def __repr__(self) -> str:
         count = sum(layer.int8 for layer in self.layers)
@@ -216,12 +224,6 @@ def _header(qmodel: QuantizedModel) -> dict:
             "out_spec": None if info.out_spec is None else pytree.treespec_dumps(info.out_spec),
         },
     }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load(path: str | os.PathLike) -> QuantizedModel:

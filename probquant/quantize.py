@@ -24,7 +24,7 @@ from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, va
 from .profiles import apply_profiles
 
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
-_PROFILE_IMAGES = 64  # images that channel profiles are taken from; held in memory for a second pass
+_HELD_IMAGES = 64  # images that are gone through more than once, for channel profiles and clipped shares; held in memory
 _FLOAT = "float_layers."  # where the tensors of float layers live in the int8 model
 _CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
 
@@ -77,34 +77,39 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"probquant: model is a {type(model).__name__}, want a torch.nn.Module")
 
-    positional = _positional_limit(model)
-    batches = iter(calibration_batches)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("probquant: calibration_batches is empty, want at least one batch")
-    example = _inputs(first, positional)
+    inputs = model_inputs(model, calibration_batches)
+    example = next(inputs)
     graph_module = trace(model, example)
-    units = find_units(graph_module)
-    choose_int8(units, _selector(units, include, exclude))
-    if not any(unit.int8 and unit.is_layer for unit in units):
-        reasons = {unit.reason for unit in units if unit.is_layer} or {"it has no convolution or linear layer"}
-        raise ValueError(f"probquant: nothing to quantize in {type(model).__name__}: {'; '.join(sorted(reasons))}")
-
     settings = {
         "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
         "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
     }  # fmt: skip
-    chunks = _chunks(chain([example], (_inputs(batch, positional) for batch in batches)))
+    chunks = inputs_in_chunks(chain([example], inputs))
+    held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
+    qmodel = quantize_graph(graph_module, chain(held, chunks), settings, include, exclude, progress)
+    validate(qmodel)
+    _record_clipping(qmodel, held)
+    return qmodel
+
+
+def quantize_graph(
+    graph_module: fx.GraphModule, chunks: Iterator[tuple], settings: dict[str, Any],
+    include: Sequence[str] | None, exclude: Sequence[str] | None, progress: bool,
+) -> QuantizedModel:  # fmt: skip
+    """quantize() behind its checks: from what trace() gave, which is changed, and inputs_in_chunks()."""
+    units = find_units(graph_module)
+    choose_int8(units, _selector(units, include, exclude))
+    if not any(unit.int8 and unit.is_layer for unit in units):
+        reasons = {unit.reason for unit in units if unit.is_layer} or {"it has no convolution or linear layer"}
+        raise ValueError(f"probquant: nothing to quantize in the model: {'; '.join(sorted(reasons))}")
     profiles = {}
     if settings["channel_profile"]:
-        head = list(islice(chunks, _PROFILE_IMAGES // _CALIBRATION_CHUNK))
-        profiles = apply_profiles(graph_module, units, iter(head))
-        chunks = chain(head, chunks)
+        held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
+        profiles = apply_profiles(graph_module, units, iter(held))
+        chunks = chain(held, chunks)
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
     _calibrate(graph_module, plans, chunks, progress)
-    qmodel = _Writer(graph_module, units, plans, settings, profiles).write()
-    validate(qmodel)
-    return qmodel
+    return _Writer(graph_module, units, plans, settings, profiles).write()
 
 
 def capture(model: nn.Module, *inputs, like: QuantizedModel | None = None) -> tuple[Any, dict[str, Capture]]:
@@ -150,6 +155,15 @@ def _check_choice(name: str, value, choices) -> None:
         raise ValueError(f"probquant: {name} is {value!r}, want one of {', '.join(map(repr, choices))}")
 
 
+def model_inputs(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
+    """Each batch as the tuple of arguments that the model takes. Raises ValueError for no batches, or a bad one."""
+    limit, batch = _positional_limit(model), None
+    for batch in batches:
+        yield _inputs(batch, limit)
+    if batch is None:
+        raise ValueError("probquant: calibration_batches is empty, want at least one batch")
+
+
 def _positional_limit(model: nn.Module) -> int | None:
     """How many positional arguments forward takes; None: any number."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -190,7 +204,7 @@ def _selector(units: list[Unit], include, exclude):
 # Calibration
 
 
-def _chunks(batches: Iterable[tuple]) -> Iterator[tuple]:
+def inputs_in_chunks(batches: Iterable[tuple]) -> Iterator[tuple]:
     """The images of all batches, _CALIBRATION_CHUNK at a time, so that the batches' sizes do not matter.
 
     Batches whose inputs do not go together (other image sizes, other arguments without a batch dimension) are not joined.
@@ -372,6 +386,16 @@ def _calibrate(graph_module, plans: list[_Plan], chunks: Iterable[tuple], progre
         plan.finish()
 
 
+def _record_clipping(qmodel: QuantizedModel, chunks: list[tuple]) -> None:
+    """Notes in every layer what share of its values the calibration images saturate, for telemetry to compare with."""
+    telemetry = qmodel.telemetry()
+    for chunk in chunks:
+        telemetry(*chunk)
+    shares = {row["layer"]: row["clipped"] for row in telemetry.rows()}
+    for layer in qmodel.layers:
+        layer.clipped = shares.get(layer.name)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing the int8 graph
 
@@ -546,5 +570,10 @@ class _Writer:
             fused.append({(0.0, None): "relu", (0.0, 6.0): "relu6"}.get(bounds, f"clamp{bounds}"))
         strategy = "passes through" if unit.kind in PASSES_THROUGH else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
         return LayerInfo(
-            unit.name, unit.kind, True, "", strategy, "image" if unit.sample_dims == 1 else "token", " + ".join(fused), unit.output.name, plan.predictor
+            unit.name, unit.kind, True, "", strategy, "image" if self.per_image(unit) else "token", " + ".join(fused), unit.output.name, plan.predictor
         )
+
+    def per_image(self, unit: Unit) -> bool:
+        """Whether the samples of its output are the model's own, rather than tokens, windows or whatever it made of them."""
+        given = next(node for node in self.source.graph.nodes if node.op == "placeholder")
+        return unit.sample_dims == 1 and str(shape_of(unit.output)[0]) == str(shape_of(given)[0])

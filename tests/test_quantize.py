@@ -212,9 +212,9 @@ def test_patterns_must_match(argument):
 @pytest.mark.parametrize(
     "make, options, reason",
     [
-        (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), {}, "nothing to quantize in Sequential: it has no convolution or linear layer"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), {"exclude": ["*"]}, "nothing to quantize in Sequential: excluded by the caller"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), {"include": []}, "nothing to quantize in Sequential: excluded by the caller"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), {}, "nothing to quantize in the model: it has no convolution or linear layer"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), {"exclude": ["*"]}, "nothing to quantize in the model: excluded by the caller"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), {"include": []}, "nothing to quantize in the model: excluded by the caller"),
     ],
 )
 def test_nothing_to_quantize(make, options, reason):
