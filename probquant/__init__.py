@@ -16,6 +16,7 @@ from .model import Capture, LayerInfo, QuantizedModel, load, save, validate
 from .quantize import capture, quantize
 from .telemetry import Telemetry
 from .compare import Comparison, compare  # after what it compares
+from .sensitivity import Sensitivity, sensitivity
 
 __version__ = build_info()["version"]
 
@@ -28,6 +29,7 @@ __all__ = [
     "Comparison",
     "LayerInfo",
     "QuantizedModel",
+    "Sensitivity",
     "Strategy",
     "Telemetry",
     "build_info",
@@ -39,5 +41,6 @@ __all__ = [
     "ops",
     "quantize",
     "save",
+    "sensitivity",
     "validate",
 ]

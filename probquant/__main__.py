@@ -1,8 +1,9 @@
-"""Command line: python -m probquant demo | quantize | compare | info."""
+"""Command line: python -m probquant demo | quantize | sensitivity | compare | info."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ from torch import nn
 
 import probquant as pq
 
-from .compare import compare
+from .compare import compare, write_text
 from .data import EFFICIENTNET_LITE0, Preprocessing, bundled_photographs, image_folder
 from .demo import choose_images, efficientnet_lite0, run_demo
 
@@ -70,16 +71,32 @@ def demo(args: argparse.Namespace) -> int:
 
 def quantize(args: argparse.Namespace) -> int:
     _check_writable(args.out)
-    model, prepare = _model(args)
-    images = image_folder(args.images) if args.images else bundled_photographs()[0]
-    images = images.sample(args.limit)
-    print(f"Calibrating on {len(images)} images: {images.source}.", flush=True)
-    batches = [prepare.normalize(pixels) for pixels in images.batches(prepare, args.batch_size)]
+    model, batches = _calibration(args)
     qmodel = pq.quantize(model, batches, strategy=args.strategy, progress=args.progress, **_options(args))
     print(qmodel.summary())
     if args.out:
         pq.save(qmodel, args.out)
         print(f"Saved {args.out} ({os.path.getsize(args.out) / 2**20:.1f} MiB).")
+    return 0
+
+
+def sensitivity_command(args: argparse.Namespace) -> int:
+    _check_writable(args.json)
+    model, batches = _calibration(args)
+    result = pq.sensitivity(
+        model,
+        {"strategy": args.strategy, **_options(args)},
+        batches,
+        layers=args.layers,
+        images=args.evaluate,
+        most=args.most,
+        minimum_gain=args.minimum_gain,
+        progress=args.progress,
+    )
+    print(result.table())
+    if args.json:
+        write_text(args.json, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        print(f"rows: {args.json}")
     return 0
 
 
@@ -120,6 +137,15 @@ def info(args: argparse.Namespace) -> int:
 
 
 # ---- shared by the commands ----
+
+
+def _calibration(args: argparse.Namespace) -> tuple[nn.Module, list[torch.Tensor]]:
+    """The model that the user named, and the batches to calibrate it on."""
+    model, prepare = _model(args)
+    images = image_folder(args.images) if args.images else bundled_photographs()[0]
+    images = images.sample(args.limit)
+    print(f"Calibrating on {len(images)} images: {images.source}.", flush=True)
+    return model, [prepare.normalize(pixels) for pixels in images.batches(prepare, args.batch_size)]
 
 
 def named_model(name: str, weights: str | None = None) -> tuple[nn.Module, Preprocessing]:
@@ -165,7 +191,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict:
-    names = ("surrogate", "granularity", "gamma", "criterion", "include", "exclude")
+    names = ("surrogate", "granularity", "gamma", "criterion", "coverage", "bias_correction", "channel_profile", "include", "exclude")
     return {name: getattr(args, name) for name in names}
 
 
@@ -248,11 +274,24 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     _model_arguments(sub)
-    strategies = ["probabilistic", "static", "dynamic"]
-    sub.add_argument("--strategy", choices=strategies, default="probabilistic", help="where scales come from")
     sub.add_argument("--out", metavar="FILE", help="where to save the quantized model (.safetensors)")
-    sub.add_argument("--images", metavar="DIR", help="images to calibrate on (default: photographs from scikit-image)")
-    sub.add_argument("--limit", type=_count, metavar="N", default=128, help="calibrate on at most N images")
+    _calibration_arguments(sub, limit=128)
+    _run_arguments(sub)
+    _quantize_arguments(sub)
+
+    sub = command(
+        "sensitivity",
+        sensitivity_command,
+        "Find the layers whose int8 costs most: keep each in float in turn, and propose which to exclude.",
+        ["sensitivity efficientnet-lite0 --images imagenet/train --limit 32", "sensitivity mynets:vit --layers 'blocks.1*'"],
+    )
+    _model_arguments(sub)
+    sub.add_argument("--layers", nargs="+", metavar="LAYER", help="names or patterns of the layers to try (default: all)")
+    sub.add_argument("--evaluate", type=_count, metavar="N", default=16, help="images, of those to calibrate on, to measure on")
+    sub.add_argument("--most", type=_count, metavar="N", default=3, help="propose at most N layers")
+    sub.add_argument("--minimum-gain", type=float, metavar="DB", default=0.5, help="propose layers that gain at least so much")
+    sub.add_argument("--json", metavar="FILE", help="write what was found as JSON")
+    _calibration_arguments(sub, limit=32)
     _run_arguments(sub)
     _quantize_arguments(sub)
 
@@ -289,6 +328,13 @@ def _model_arguments(sub) -> None:
     sub.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="for pixels in 0..1 (default: ImageNet's)")
 
 
+def _calibration_arguments(sub, limit: int) -> None:
+    strategies = ["probabilistic", "static", "dynamic"]
+    sub.add_argument("--strategy", choices=strategies, default="probabilistic", help="where scales come from")
+    sub.add_argument("--images", metavar="DIR", help="images to calibrate on (default: photographs from scikit-image)")
+    sub.add_argument("--limit", type=_count, metavar="N", default=limit, help="calibrate on at most N images")
+
+
 def _run_arguments(sub) -> None:
     sub.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images per call")
     threads = "CPU threads (default: torch's choice); on a busy machine fewer are faster"
@@ -302,6 +348,11 @@ def _quantize_arguments(sub) -> None:
     group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law per layer or channel")
     group.add_argument("--gamma", type=int, default=0, help="sampling stride of the prediction; 0: the input's moments alone")
     group.add_argument("--criterion", default="mse", choices=["mse", "coverage", "minmax"], help="what calibration optimises")
+    group.add_argument("--coverage", type=float, default=0.9999, help="share of the outputs not to be clipped, for criterion coverage")
+    without = "do not correct biases by the mean error of the rounded weights"
+    group.add_argument("--no-bias-correction", dest="bias_correction", action="store_false", help=without)
+    profile = "static factors per channel, folded into the weights (default: for the probabilistic strategy alone)"
+    group.add_argument("--channel-profile", action=argparse.BooleanOptionalAction, help=profile)
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")
     group.add_argument("--exclude", nargs="+", metavar="LAYER", help="these layers stay float")
 

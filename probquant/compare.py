@@ -114,13 +114,13 @@ class Comparison:
     def table(self) -> str:
         """The rows as plain text."""
         header = ["shift", "strategy", "top-1", "agreement", "SQNR mean", "worst 1 %", "clipped", "ms/image", "peak MiB"]
-        return _text_table(header, [[row["shift"], row["strategy"], *cells(row)] for row in self.rows], names=2)
+        return text_table(header, [[row["shift"], row["strategy"], *cells(row)] for row in self.rows], names=2)
 
     def layer_table(self, shift: str | None = None) -> str:
         """SQNR of every layer as plain text, for one shift (default: the first)."""
         header = ["layer", "kind", "strategy", "SQNR mean", "worst 1 %", "clipped"]
         shift = shift or self.rows[0]["shift"]
-        return _text_table(
+        return text_table(
             header,
             [
                 [row["layer"], row["kind"], row["strategy"], *layer_cells(row)]
@@ -206,7 +206,7 @@ def compare(
                     layers[name].add(n, float_layers[which], captured)
                 else:
                     output = qmodel(*inputs)
-                image_sqnr[name] += sqnr(_joined(reference), _joined(output)).tolist()
+                image_sqnr[name] += sqnr(joined_outputs(reference), joined_outputs(output)).tolist()
                 classes[name].append(_classes(output))
             seen += n
             bar.update(n)
@@ -297,7 +297,8 @@ def _outputs(output) -> list[Tensor]:
     return [tensor for part in output for tensor in _outputs(part)]
 
 
-def _joined(output) -> Tensor:
+def joined_outputs(output) -> Tensor:
+    """All of a model's outputs as one float32 tensor [N, values]."""
     tensors = _outputs(output)
     return torch.cat([tensor.reshape(len(tensors[0]), -1).float() for tensor in tensors], dim=1)
 
@@ -349,32 +350,32 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
     return "-" if value is None else format(value * factor, form)
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def cells(row: dict) -> list[str]:
     return [
-        _percent(row["top1"]),
-        _percent(row["agreement"]),
+        percent(row["top1"]),
+        percent(row["agreement"]),
         _number(row["sqnr_mean"], ".1f"),
         _number(row["sqnr_worst1"], ".1f"),
-        _percent(row["clipped"], 3),
+        percent(row["clipped"], 3),
         _number(row["ms"], ".1f"),
         _number(row["peak_activation_bytes"], ".2f", 2**-20),
     ]
 
 
 def layer_cells(row: dict) -> list[str]:
-    return [_number(row["sqnr_mean"], ".1f"), _number(row["sqnr_worst1"], ".1f"), _percent(row["clipped"], 3)]
+    return [_number(row["sqnr_mean"], ".1f"), _number(row["sqnr_worst1"], ".1f"), percent(row["clipped"], 3)]
 
 
-def _text_table(header: list[str], rows: list[list[str]], names: int) -> str:
-    """Columns aligned, the first ``names`` of them to the left; a rule wherever the first column changes."""
+def text_table(header: list[str], rows: list[list[str]], names: int, rules: bool = True) -> str:
+    """Columns aligned, the first ``names`` of them to the left; with ``rules`` a line wherever the first column changes."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines, group = [], header[0]
     for line in [header, *rows]:
-        if line[0] != group:
+        if rules and line[0] != group:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
             group = line[0]
         cells = [text.ljust(w) if i < names else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]

@@ -41,7 +41,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_help_of_every_command(capsys):
-    for command in ([], ["demo"], ["quantize"], ["compare"], ["info"]):
+    for command in ([], ["demo"], ["quantize"], ["sensitivity"], ["compare"], ["info"]):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--help"])
         assert stop.value.code == 0
@@ -85,6 +85,25 @@ def test_quantize_then_compare(workplace, capsys):
     assert all(row["sqnr_mean"] > 20 for row in rows[1:])
     assert "labelled by folder" in text and "SQNR mean" in text
     assert (workplace / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_sensitivity(workplace, capsys):
+    network = ["tiny_network:tiny", "--images", "images", "--input-size", "32", "--no-progress"]
+    options = ["--strategy", "static", "--criterion", "coverage", "--coverage", "0.99", "--no-bias-correction", "--channel-profile"]
+    assert main(["sensitivity", *network, *options, "--evaluate", "8", "--json", "found.json"]) == 0
+    assert "As it is:" in capsys.readouterr().out
+    found = json.loads((workplace / "found.json").read_text())
+    assert {row["layer"] for row in found["rows"]} == {"0", "4"} and found["sqnr"] > 10
+
+
+def test_options_of_quantize_arrive(workplace, capsys):
+    network = ["tiny_network:tiny", "--images", "images", "--input-size", "32", "--no-progress", "--out", "tiny.safetensors"]
+    assert main(["quantize", *network, "--criterion", "coverage", "--coverage", "0.99", "--no-bias-correction", "--no-channel-profile"]) == 0
+    settings = pq.load("tiny.safetensors").settings
+    assert (settings["criterion"], settings["coverage"], settings["bias_correction"], settings["channel_profile"]) == ("coverage", 0.99, False, False)
+    assert main(["quantize", *network]) == 0
+    settings = pq.load("tiny.safetensors").settings
+    assert (settings["bias_correction"], settings["channel_profile"]) == (True, True)
 
 
 @pytest.mark.parametrize(
