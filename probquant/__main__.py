@@ -191,7 +191,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict:
-    names = ("surrogate", "granularity", "gamma", "criterion", "coverage", "bias_correction", "channel_profile", "include", "exclude")
+    names = ("surrogate", "granularity", "gamma", "criterion", "coverage", "bias_correction", "channel_profile", "weight_rounding", "include", "exclude")
     return {name: getattr(args, name) for name in names}
 
 
@@ -351,6 +351,8 @@ def _quantize_arguments(sub) -> None:
     group.add_argument("--coverage", type=float, default=0.9999, help="share of the outputs not to be clipped, for criterion coverage")
     without = "do not correct biases by the mean error of the rounded weights"
     group.add_argument("--no-bias-correction", dest="bias_correction", action="store_false", help=without)
+    rounding = "gptq: each weight makes up for the rounding of others, calibration takes longer"
+    group.add_argument("--weight-rounding", default="nearest", choices=["nearest", "gptq"], help=rounding)
     profile = "static factors per channel, folded into the weights (default: for the probabilistic strategy alone)"
     group.add_argument("--channel-profile", action=argparse.BooleanOptionalAction, help=profile)
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")

@@ -32,7 +32,8 @@ class LayerInfo:
     8-bit codes; if not, `reason` says why. strategy: how its output gets its range ("float32" where the output is not
     quantized). sample: "image" or "token", what has a scale of its own. fused: what runs in the same kernel. output: node
     of the float graph that its output stands for. predictor: fitted values by name. clipped: share of its output values that
-    saturated on the calibration images, where it was measured (see telemetry.py).
+    saturated on the calibration images, where it was measured (see telemetry.py). rounding: how its weights were rounded, unless
+    simply to nearest.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerInfo:
     output: str = ""
     predictor: dict[str, float] = dataclasses.field(default_factory=dict)
     clipped: float | None = None
+    rounding: str = ""
 
 
 class Summary:
@@ -57,7 +59,7 @@ class Summary:
         rows = [("layer", "kind", "runs in", "output range", "per", "note")]
         for layer in self.layers:
             fitted = ", ".join(f"{name} {value:.3g}" for name, value in layer.predictor.items())
-            note = layer.reason if not layer.int8 else ", ".join(part for part in (layer.fused, fitted) if part)
+            note = layer.reason if not layer.int8 else ", ".join(part for part in (layer.fused, fitted, layer.rounding) if part)
             rows.append((layer.name, layer.kind, "int8" if layer.int8 else "float", layer.strategy, layer.sample if layer.int8 else "", note))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows]

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from . import surrogates
+from . import rounding, surrogates
 from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
@@ -41,6 +41,7 @@ def quantize(
     coverage: float = 0.9999,
     bias_correction: bool = True,
     channel_profile: bool | None = None,
+    weight_rounding: str = "nearest",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
@@ -61,6 +62,8 @@ def quantize(
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
     channel_profile: a static factor per channel, folded into the weights around a tensor (profiles.py). None: for the
         probabilistic strategy; static and dynamic quantization are then what is commonly meant by it.
+    weight_rounding: "nearest", or "gptq": each weight makes up for the rounding of others, by the second moments of the layer's
+        inputs (rounding.py); calibration takes longer. Layers too large for that are rounded to nearest, and say so in the summary.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
 
     Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
@@ -70,6 +73,7 @@ def quantize(
     _check_choice("surrogate", surrogate, ("gaussian",))
     _check_choice("granularity", granularity, ("tensor", "channel"))
     _check_choice("criterion", criterion, surrogates.CRITERIA)
+    _check_choice("weight_rounding", weight_rounding, ("nearest", "gptq"))
     if not isinstance(gamma, int) or isinstance(gamma, bool) or gamma < 0:
         raise ValueError(f"probquant: gamma is {gamma!r}, want an integer >= 0")
     if not 0.0 < coverage <= 1.0:
@@ -83,6 +87,7 @@ def quantize(
     settings = {
         "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
         "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
+        "weight_rounding": weight_rounding,
     }  # fmt: skip
     chunks = inputs_in_chunks(chain([example], inputs))
     held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
@@ -263,6 +268,13 @@ class _Plan:
             unit.options.setdefault("groups", 1)
             if unit.kind == "conv2d":
                 unit.options["kernel_size"] = list(unit.weight.shape[1:3])
+        self.rounding_fit, self.rounding = None, ""
+        if unit.is_layer and settings["weight_rounding"] == "gptq":
+            size = unit.weight[0].numel()
+            if size <= rounding.LARGEST:
+                self.rounding_fit, self.rounding = rounding.RoundingFit(unit.weight.shape, unit.options, settings["bias_correction"]), "gptq"
+            else:
+                self.rounding = f"rounded to nearest: {size} weights per output, gptq takes {rounding.LARGEST}"
         self.bias_fit = None
         if unit.is_layer and settings["bias_correction"]:
             self.bias_fit = surrogates.BiasFit(unit.weight.shape, unit.options)
@@ -290,6 +302,12 @@ class _Plan:
         """Whether alpha and beta are to be fitted: layers and adds with a predicted range."""
         return self.strategy in (Strategy.GAUSSIAN, Strategy.GAUSSIAN_CHANNEL) and (self.unit.is_layer or self.unit.kind == "add")
 
+    @property
+    def learns(self) -> bool:
+        """Whether calibration has anything to tell it."""
+        fits_input = self.settings["strategy"] == "static" and self.unit.is_layer
+        return fits_input or any(fit is not None for fit in (self.fit, self.bias_fit, self.rounding_fit))
+
     def predictor_values(self, alpha: float, beta: float) -> torch.Tensor:
         head = torch.tensor([alpha, beta, self.correlation.fit()], dtype=torch.float32)
         if self.unit.kind == "add":
@@ -301,6 +319,8 @@ class _Plan:
         """Learns from the float values of one chunk of samples."""
         unit = self.unit
         y = values[unit.output]
+        if self.rounding_fit is not None:
+            self.rounding_fit.update(values[unit.inputs[0]].float())
         if self.bias_fit is not None:
             self.bias_fit.update(values[unit.inputs[0]].float())
         if self.settings["strategy"] == "static" and unit.is_layer:
@@ -340,6 +360,8 @@ class _Plan:
 
     def finish(self) -> None:
         criterion, coverage = self.settings["criterion"], self.settings["coverage"]
+        if self.rounding_fit is not None:
+            self.leaves["weight"] = self.rounding_fit.fit(self.unit.weight, self.leaves["weight_scale"])
         if self.bias_fit is not None:
             correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"])
             self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
@@ -358,7 +380,7 @@ class _Plan:
 
 
 def _calibrate(graph_module, plans: list[_Plan], chunks: Iterable[tuple], progress: bool) -> None:
-    if all(plan.fit is None and plan.bias_fit is None for plan in plans):
+    if not any(plan.learns for plan in plans):
         return
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
@@ -570,7 +592,8 @@ class _Writer:
             fused.append({(0.0, None): "relu", (0.0, 6.0): "relu6"}.get(bounds, f"clamp{bounds}"))
         strategy = "passes through" if unit.kind in PASSES_THROUGH else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
         return LayerInfo(
-            unit.name, unit.kind, True, "", strategy, "image" if self.per_image(unit) else "token", " + ".join(fused), unit.output.name, plan.predictor
+            unit.name, unit.kind, True, "", strategy, "image" if self.per_image(unit) else "token", " + ".join(fused), unit.output.name, plan.predictor,
+            rounding=plan.rounding,
         )
 
     def per_image(self, unit: Unit) -> bool:

@@ -84,9 +84,12 @@ def sensitivity(
     if isinstance(settings, QuantizedModel):  # its float layers stay float
         given["exclude"] = [_literal(layer.name) for layer in settings.layers if not layer.int8]
     base = quantize(model, batches, progress=False, **given)
-    candidates = [layer for layer in base.layers if layer.int8 and layer.kind in ("conv2d", "linear") and _chosen(layer.name, layers)]
+    weighted = [layer for layer in base.layers if layer.int8 and layer.kind in ("conv2d", "linear")]
+    if len(weighted) < 2:
+        raise ValueError(f"probquant: {weighted[0].name} is the only int8 layer with weights, want at least two to compare")
+    candidates = [layer for layer in weighted if _chosen(layer.name, layers)]
     if not candidates:
-        raise ValueError(f"probquant: layers is {layers!r}, want patterns that match int8 layers: {[layer.name for layer in base.layers if layer.int8]}")
+        raise ValueError(f"probquant: layers is {layers!r}, want patterns that match int8 layers: {[layer.name for layer in weighted]}")
 
     chunks = list(inputs_in_chunks(model_inputs(model, batches)))
     starts = accumulate((chunk[0].shape[0] for chunk in chunks), initial=0)
@@ -117,7 +120,7 @@ def sensitivity(
     rows.sort(key=lambda row: row["gain"], reverse=True)
 
     one = tuple(x[:1] if isinstance(x, torch.Tensor) and x.dim() else x for x in chunks[0])
-    proposed = [row for row in islice(rows, most) if row["gain"] >= minimum_gain]
+    proposed = [row for row in islice(rows, min(most, len(weighted) - 1)) if row["gain"] >= minimum_gain]
     if not proposed:
         return Sensitivity(as_it_is, latency({"": base}, one, rounds)[""][0], rows)
     excluded = [row["layer"] for row in proposed]

@@ -744,3 +744,10 @@ def test_images_and_rows_of_one_tensor(network, strategy):
     model, x = network().eval(), torch.randn(4, 3, 16, 16)
     y, wanted = pq.quantize(model, [x], strategy=strategy, progress=False)(x), model(x)
     assert 10 * torch.log10(wanted.pow(2).sum() / (y - wanted).pow(2).sum()) > 30
+
+
+def test_static_input_range_is_calibrated_where_nothing_else_is():
+    model = nn.Sequential(nn.AvgPool2d(2), nn.Tanh(), nn.Conv2d(3, 4, 3)).eval()  # float in front, and a float output
+    x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    qmodel = pq.quantize(model, [x], strategy="static", bias_correction=False, progress=False)
+    assert float(sqnr(model(x), qmodel(x)).min()) > 30

@@ -72,3 +72,15 @@ def test_table_says_what_the_proposal_buys(found):
 def test_no_such_layer_is_an_error(network, batches):
     with pytest.raises(ValueError, match=r"layers is \['nothing'\], want patterns that match int8 layers: \['0', '2', '4', '6'\]"):
         pq.sensitivity(network, SETTINGS, batches, layers=["nothing"], progress=False)
+
+
+def test_one_layer_is_nothing_to_compare():
+    with pytest.raises(ValueError, match="0 is the only int8 layer"):
+        pq.sensitivity(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), SETTINGS, [torch.randn(2, 3, 8, 8)], progress=False)
+
+
+def test_never_proposes_every_layer(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(256, 2)).eval()
+    found = pq.sensitivity(model, SETTINGS, batches, most=9, minimum_gain=-100.0, images=8, rounds=1, progress=False)
+    assert len(found.exclude) == 1

@@ -1,0 +1,82 @@
+"""Second-order rounding of weights: each weight is rounded so as to make up for the rounding of those before it.
+
+GPTQ (Frantar et al., arXiv 2210.17323), after Optimal Brain Surgeon: with H the second moments of a layer's inputs, the error that
+rounding makes at the output of one channel is d^T H d for the vector d of its weights' errors. Weights are rounded one after the
+other, and the error of each is spread over those still to come, by a Cholesky factor of H's inverse.
+
+H is streamed from calibration. The mean of the inputs is taken out of it where bias correction takes care of the mean error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+LARGEST = 2400  # weights per output for which H is kept (23 MB in float32); beyond, weights are rounded to nearest
+_POSITIONS = 256  # of an image, evenly spaced, that count: they overlap and resemble each other
+_DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
+
+
+class RoundingFit:
+    """Codes of one layer's weight, of shape [O, kh, kw, I / groups] or [O, K], fitted to its inputs."""
+
+    def __init__(self, weight_shape: Sequence[int], options: dict, centred: bool):
+        """options: of a conv2d unit. centred: whether mean errors are corrected elsewhere."""
+        self.kernel = tuple(weight_shape[1:3]) if len(weight_shape) == 4 else (1, 1)
+        self.options, self.groups, self.centred = options, options["groups"], centred
+        size = self.kernel[0] * self.kernel[1] * weight_shape[-1]
+        self.moments = torch.zeros(self.groups, size, size)
+        self.sums = torch.zeros(self.groups, size)
+        self.count = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """x: the layer's float input, [N, C, H, W] of a convolution or [..., K]."""
+        if self.options.keys() >= {"stride", "padding", "dilation"} and x.dim() == 4:
+            top, bottom, left, right = self.options["padding"]
+            for image in torch.nn.functional.pad(x, (left, right, top, bottom)).split(1):
+                fields = torch.nn.functional.unfold(image, self.kernel, self.options["dilation"], 0, self.options["stride"])[0]
+                fields = fields[:, :: max(1, fields.shape[1] // _POSITIONS)]
+                self._add(fields.reshape(self.groups, -1, fields.shape[1]))
+        else:
+            self._add(x.reshape(1, -1, x.shape[-1]).mT)
+
+    def _add(self, fields: torch.Tensor) -> None:
+        """fields: [groups, K, positions]"""
+        self.moments += fields @ fields.mT
+        self.sums += fields.sum(2)
+        self.count += fields.shape[2]
+
+    def fit(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """int8 codes in [-127, 127], for the float weight and its scale [O]."""
+        if weight.dim() == 4:
+            weight = weight.permute(0, 3, 1, 2)  # unfold's order
+        shape = weight.shape
+        w = weight.double().reshape(self.groups, shape[0] // self.groups, -1) / scale.double().reshape(self.groups, -1, 1)
+        mean = self.sums.double() / max(self.count, 1)
+        h = self.moments.double() / max(self.count, 1)
+        if self.centred:
+            h -= mean[:, :, None] * mean[:, None, :]
+        diagonal = h.diagonal(dim1=1, dim2=2)
+        order = diagonal.argsort(dim=1, descending=True)  # the weights that matter most are rounded first
+        ridge = diagonal.mean(1).clamp(min=1e-30)[:, None, None] * torch.eye(h.shape[1], dtype=h.dtype)  # so an input that is always 0 does no harm
+        h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+        w = w.gather(2, order[:, None, :].expand_as(w))
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(_damped_cholesky(h, ridge)), upper=True)
+        codes = torch.empty_like(w)
+        for i in range(w.shape[2]):
+            codes[:, :, i] = w[:, :, i].round().clamp(-127, 127)
+            error = (w[:, :, i] - codes[:, :, i]) / factor[:, None, i, i]
+            w[:, :, i:] -= error[:, :, None] * factor[:, None, i, i:]
+        codes = torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes).reshape(shape)
+        return (codes.permute(0, 2, 3, 1) if len(shape) == 4 else codes).contiguous().to(torch.int8)
+
+
+def _damped_cholesky(h: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Of h + damping * ridge, with the paper's damping, or as much more as rounding errors in h ask for."""
+    damping = _DAMPING
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(h + damping * ridge)
+        if not failed.any():
+            return factor
+        damping *= 10
