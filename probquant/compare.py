@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from tqdm import tqdm
 from .files import replacing
 from .model import QuantizedModel
 from .quantize import capture
+
+if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
 
 FLOAT32 = "float32"
 _MAX_DB = 138.5  # 2 ** -46, the square of float32's resolution: no SQNR is told beyond it
@@ -137,14 +141,20 @@ class Comparison:
             write_text(path, text + "\n")
         return text
 
-    def to_html(self, path: str | os.PathLike, title: str = "probquant report", about: Sequence[str] = ()) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike,
+        title: str = "probquant report",
+        about: Sequence[str] = (),
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
         """Write a self-contained page with tables and plots to ``path`` (replaced in one step); needs matplotlib.
 
-        about: paragraphs of plain text that say what was compared.
+        about: paragraphs of plain text that say what was compared. sensitivity: of probquant.sensitivity, for a section.
         """
         from .report import page
 
-        write_text(path, page(self, title, about))
+        write_text(path, page(self, title, about, sensitivity))
 
 
 def compare(

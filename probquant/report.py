@@ -7,8 +7,12 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .compare import FLOAT32, Comparison, cells, layer_cells
+from .compare import FLOAT32, Comparison, cells, layer_cells, percent
+
+if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
 
 _COLOURS = {FLOAT32: "#6b7280", "static": "#d97706", "dynamic": "#2563eb", "probabilistic": "#059669"}
 _OTHER_COLOURS = ("#9333ea", "#db2777", "#0891b2", "#65a30d", "#b91c1c")
@@ -31,8 +35,8 @@ td.best { font-weight: 700; } details { margin-top: 12px; } summary { cursor: po
 """
 
 
-def page(comparison: Comparison, title: str, about: Sequence[str]) -> str:
-    """The page as HTML text. ModuleNotFoundError if matplotlib is missing."""
+def page(comparison: Comparison, title: str, about: Sequence[str], sensitivity: Sensitivity | None = None) -> str:
+    """The page as HTML text, with a section on the layers' sensitivity if that is given. ModuleNotFoundError if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
@@ -64,6 +68,7 @@ def page(comparison: Comparison, title: str, about: Sequence[str]) -> str:
             f"<details><summary>{html.escape(shift)} images</summary>{text}</details>"
             for shift, text in zip(shifts[1:], shifted)
         ),
+        *(_sensitivity(sensitivity) if sensitivity else ()),
     ]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -129,6 +134,16 @@ def _layers(comparison: Comparison, shift: str, strategies: list[str], colours: 
         _figure(_svg(figure), caption)
         + f"<details><summary>Table of the layers, {html.escape(shift)} images</summary>{_table(lines)}</details>"
     )
+
+
+def _sensitivity(sensitivity: Sensitivity) -> list[str]:
+    """What keeping each layer in float gains: the verdict, and a table of the layers."""
+    lines = [_header(["layer kept in float", "kind", "SQNR", "gain", "weights"], 2)]
+    for row in sensitivity.rows:
+        values = "".join(f"<td>{cell}</td>" for cell in (f"{row['sqnr']:.2f}", f"{row['gain']:+.2f}", percent(row["weights"])))
+        lines.append(f'<tr><td class="name">{html.escape(row["layer"])}</td><td class="name">{html.escape(row["kind"])}</td>{values}</tr>')
+    told = "".join(f"<p>{html.escape(line)}</p>" for line in sensitivity.verdict())
+    return ["<h2>Layers kept in float</h2>", told, _table(lines)]
 
 
 def _bars(comparison: Comparison, strategies: list[str], shifts: list[str], colours: dict[str, str]) -> str:

@@ -45,15 +45,18 @@ class Sensitivity:
         rows = [
             [row["layer"], row["kind"], f"{row['sqnr']:.2f}", f"{row['gain']:+.2f}", percent(row["weights"])] for row in self.rows
         ]
-        lines = [text_table(header, rows, names=2, rules=False), "", f"As it is: {self.sqnr:.2f} dB, {self.ms:.2f} ms per image."]
-        if self.exclude:
-            lines.append(
-                f"Proposed: exclude={self.exclude}: {self.sqnr_excluded:.2f} dB ({self.sqnr_excluded - self.sqnr:+.2f}), "
-                f"{self.ms_excluded:.2f} ms per image; {percent(self.weights_excluded)} of the weights stay float."
-            )
-        else:
-            lines.append("No layer is worth keeping in float by itself.")
-        return "\n".join(lines)
+        return "\n".join([text_table(header, rows, names=2, rules=False), "", *self.verdict()])
+
+    def verdict(self) -> list[str]:
+        """What is proposed, what it buys and what it costs, in two lines."""
+        as_it_is = f"As it is: {self.sqnr:.2f} dB, {self.ms:.2f} ms per image."
+        if not self.exclude:
+            return [as_it_is, "No layer is worth keeping in float by itself."]
+        return [
+            as_it_is,
+            f"Proposed: exclude={self.exclude}: {self.sqnr_excluded:.2f} dB ({self.sqnr_excluded - self.sqnr:+.2f}), "
+            f"{self.ms_excluded:.2f} ms per image; {percent(self.weights_excluded)} of the weights stay float.",
+        ]
 
 
 def sensitivity(

@@ -69,6 +69,16 @@ def test_table_says_what_the_proposal_buys(found):
     assert f"exclude={found.exclude}" in text and f"{found.sqnr_excluded:.2f} dB" in text and "of the weights stay float" in text
 
 
+def test_report_has_a_section(found, network, batches, tmp_path):
+    qmodel = pq.quantize(network, batches[:1], progress=False, **SETTINGS)
+    result = pq.compare(network, qmodel, batches[:1], rounds=1, progress=False)
+    result.to_html(tmp_path / "report.html", sensitivity=found)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Layers kept in float" in text and f"{found.sqnr_excluded:.2f} dB" in text
+    result.to_html(tmp_path / "report.html")
+    assert "Layers kept in float" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_no_such_layer_is_an_error(network, batches):
     with pytest.raises(ValueError, match=r"layers is \['nothing'\], want patterns that match int8 layers: \['0', '2', '4', '6'\]"):
         pq.sensitivity(network, SETTINGS, batches, layers=["nothing"], progress=False)
