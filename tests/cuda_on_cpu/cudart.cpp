@@ -1,10 +1,12 @@
 #include "cudart.h"
 
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 
 #include "memory.h"
 #include "ptx_kernel.h"
@@ -157,6 +159,16 @@ struct CallConfiguration {
   cudaStream_t stream;
 } call_configuration;
 
+/// Without the parameters.
+std::string readable(const char* mangled) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> text(abi::__cxa_demangle(mangled, nullptr, nullptr, &status), std::free);
+  if (status != 0) return mangled;
+  const std::string name = text.get(), prefix = "(anonymous namespace)::";
+  const size_t begin = name.rfind(prefix);
+  return name.substr(begin == std::string::npos ? 0 : begin + prefix.size(), name.rfind('(') - (begin == std::string::npos ? 0 : begin + prefix.size()));
+}
+
 Size size(dim3 d) { return {d.x, d.y, d.z}; }
 
 cudaError_t launch_by_address(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t stream) {
@@ -168,7 +180,7 @@ cudaError_t launch_by_address(const void* function, dim3 grid, dim3 block, void*
   for (unsigned i = 0; i < kernel.parameter_count; ++i)
     std::memcpy(parameters.data() + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
   set_parameters(parameters.data(), kernel.parameter_bytes);
-  return static_cast<cudaError_t>(cuda_on_cpu::launch(kernel.name, function, size(grid), size(block), kernel.most_threads, kernel.static_shared_bytes,
+  return static_cast<cudaError_t>(cuda_on_cpu::launch(readable(kernel.name).c_str(), function, size(grid), size(block), kernel.most_threads, kernel.static_shared_bytes,
                                                       shared_bytes, stream, [&] { kernel.run(parameters.data()); }));
 }
 

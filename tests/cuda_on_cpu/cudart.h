@@ -21,7 +21,7 @@ Device& device();
 
 /// A launch or memset.
 struct Enqueued {
-  std::string what;  ///< a kernel's mangled name, where known, or "memset"
+  std::string what;  ///< a kernel, by name where known, or "memset"
   void* stream;
   Size grid, block;
   size_t dynamic_shared_bytes = 0;
