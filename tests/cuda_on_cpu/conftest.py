@@ -1,6 +1,6 @@
 """Builds and runs the programs of CMakeLists.txt, for the tests in this folder.
 
-Tests marked `full` run when this folder (or something in it) is named on the command line; a plain `pytest` leaves them out.
+CUDA_ON_CPU_BUILDS names a folder that keeps the builds from one run to the next. Tests marked `full` run when this folder (or something in it) is named on the command line; a plain `pytest` leaves them out.
 """
 
 import contextlib
@@ -84,7 +84,8 @@ def build(tmp_path_factory):
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
         pytest.skip("no C++ compiler found (CXX, c++, g++, clang++)")
     own = tmp_path_factory.getbasetemp()
-    return Builds((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda_on_cpu")
+    temporary = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda_on_cpu"
+    return Builds(Path(os.environ.get("CUDA_ON_CPU_BUILDS", temporary)))
 
 
 @pytest.fixture(params=["cpp", "ptx"])

@@ -2,6 +2,7 @@
 refused. What comes from packages is left out without them: pip install --no-deps nvidia-cutlass tinygrad."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,20 @@ from ptx import Unsupported, translate
 
 def test_seeded_bugs_are_reported_and_clean_kernels_are_not(build, nvcc):
     assert " 0 failures" in run(build("bugs_ptx"))
+
+
+def test_the_profile_counts_sectors_and_bank_conflicts(build, nvcc):
+    report = run(build("profile_ptx"))
+    counted = {int(line): (int(done), int(needed)) for line, done, needed in re.findall(r"profile\.cu:(\d+) .* (\d+) +(\d+) +[\d.]+\n", report)}
+    for number, line in enumerate((HERE / "profile.cu").read_text().splitlines(), 1):
+        if wanted := re.search(r"// wanted: (\d+) of (\d+)", line):
+            assert counted[number] == (int(wanted[1]), int(wanted[2])), report
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("program", ["arithmetic_ptx", "language_ptx"])
+def test_instructions(build, nvcc, program):
+    run(build(program))
 
 
 # ---- layouts
@@ -56,9 +71,15 @@ def test_cub_blocks(build, nvcc):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", [(64, 64, 64), (200, 136, 208)])
-def test_cutlass_gemm(build, cutlass, shape):
-    run(build("cutlass_gemm_ptx", "with_cutlass", CUTLASS=cutlass), *shape)
+@pytest.mark.parametrize("arguments", [(64, 64, 64), (256, 192, 256), (128, 64, 208), (200, 136, 208, "unchecked")])
+def test_cutlass_gemm(build, cutlass, arguments):
+    run(build("cutlass_gemm_ptx", "with_cutlass", CUTLASS=cutlass), *arguments)
+
+
+@pytest.mark.full
+def test_cutlass_reads_rows_that_it_never_filled(build, cutlass):
+    report = run(build("cutlass_gemm_ptx", "with_cutlass", CUTLASS=cutlass), 200, 136, 208, status=1)
+    assert "uninitialised shared memory: ldmatrix" in report
 
 
 # ---- the translator

@@ -21,6 +21,10 @@ def test_kernels_give_the_cpus_bytes(build, leg, order):
     assert " 0 failures; " in run(build(leg("kernels_test")), order, 1)
 
 
+def test_the_host_side(build, leg):
+    assert "0 failures" in run(build(leg("host_test")))
+
+
 def test_kernels_stay_in_bounds(build):
     assert " 0 failures; " in run(build("kernels_test", "sanitized", SANITIZE="address,undefined"), "random", 2)
 
