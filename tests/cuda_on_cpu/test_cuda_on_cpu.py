@@ -16,7 +16,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [pytest.param(order, marks=() if order == "random" else pytest.mark.full) for order in ORDERS])
 def test_kernels_give_the_cpus_bytes(build, leg, order):
     assert " 0 failures; " in run(build(leg("kernels_test")), order, 1)
 
@@ -25,6 +25,7 @@ def test_the_host_side(build, leg):
     assert "0 failures" in run(build(leg("host_test")))
 
 
+@pytest.mark.full
 def test_kernels_stay_in_bounds(build):
     assert " 0 failures; " in run(build("kernels_test", "sanitized", SANITIZE="address,undefined"), "random", 2)
 
@@ -33,6 +34,7 @@ def test_the_fibers_report_broken_rules(build):
     run(build("fibers_test"))
 
 
+@pytest.mark.full
 def test_the_sanitizers_see_shared_memory(build):
     # The stacks of threads that never end are not unwound, so strings on them leak.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
@@ -55,6 +57,7 @@ def mutants(build):
     return lambda name: build(name, "with_mutants", MUTANTS=";".join(str(folder / name) for name in MUTANTS))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_kernel_is_noticed(mutants, name):
     statuses = (subprocess.run([mutants(name), order, "1"], capture_output=True).returncode for order in ("random", "forward"))

@@ -25,7 +25,9 @@ __global__ void integers(const uint32_t* in, uint64_t* out) {
   *r++ = __clz(sa);
   *r++ = __ffs(sa);
   *r++ = __brev(a);
-  *r++ = __byte_perm(a, b, c);
+  uint32_t t;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(t) : "r"(a), "r"(b), "r"(c));  // __byte_perm leaves out the signs
+  *r++ = t;
   *r++ = __funnelshift_l(a, b, c);
   *r++ = __funnelshift_r(a, b, c);
   *r++ = __funnelshift_lc(a, b, c);
@@ -45,7 +47,6 @@ __global__ void integers(const uint32_t* in, uint64_t* out) {
   *r++ = (static_cast<uint64_t>(a) << 32 | b) / (static_cast<uint64_t>(c) << 3 | 1);
   *r++ = (a & b) | (~a & c);
   *r++ = (a ^ b ^ c) & (a | ~b);
-  uint32_t t;
   asm("bfe.u32 %0, %1, %2, %3;" : "=r"(t) : "r"(a), "r"(b & 63), "r"(c & 63));
   *r++ = t;
   asm("bfe.s32 %0, %1, %2, %3;" : "=r"(t) : "r"(a), "r"(b & 31), "r"(c & 31));
