@@ -10,13 +10,16 @@
 
 namespace probquant {
 
-/// Throws Error(message...) unless the condition holds. Parts are strings and integers.
+/// Throws Error(message...) unless the condition holds. Parts are strings and numbers, or are called for a string, which costs
+/// nothing while the condition holds.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
   std::string message;
   const auto append = [&message](const auto& part) {
-    if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) message += std::to_string(part);
+    using Part = std::decay_t<decltype(part)>;
+    if constexpr (std::is_arithmetic_v<Part>) message += std::to_string(part);
+    else if constexpr (std::is_invocable_v<Part>) message += part();
     else message += part;
   };
   (append(parts), ...);

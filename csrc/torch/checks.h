@@ -13,10 +13,13 @@ namespace probquant::ops {
 using stable::IntView;
 using stable::Tensor;
 
-inline std::string text(IntView values) {
-  std::string result = "[";
-  for (size_t i = 0; i < values.size(); ++i) result += (i ? ", " : "") + std::to_string(values[i]);
-  return result + "]";
+/// A part of an error's message: [1, 2, 3], written when the error is.
+inline auto text(IntView values) {
+  return [values] {
+    std::string result = "[";
+    for (size_t i = 0; i < values.size(); ++i) result += (i ? ", " : "") + std::to_string(values[i]);
+    return result + "]";
+  };
 }
 
 inline const char* dtype_name(int32_t dtype) {
@@ -49,22 +52,23 @@ inline bool is_dense(const Tensor& t, std::initializer_list<size_t> order) {
 }
 inline bool is_channels_last(const Tensor& t) { return is_dense(t, {0, 2, 3, 1}); }
 
-/// Names an argument of an op in errors.
+/// Names an argument of an op in errors: its name, or what belongs to it.
 struct Argument {
   const char* op;
   const char* name;
+  const char* suffix = "";
 };
 
 inline void check_device_and_dtype(Argument a, const Tensor& t, int32_t device_type, int32_t dtype) {
-  require(t.device_type() == device_type, a.op, ": ", a.name, " is on another device than the op's first argument");
-  require(t.dtype() == dtype, a.op, ": ", a.name, " has dtype ", dtype_name(t.dtype()), ", want ", dtype_name(dtype));
+  require(t.device_type() == device_type, a.op, ": ", a.name, a.suffix, " is on another device than the op's first argument");
+  require(t.dtype() == dtype, a.op, ": ", a.name, a.suffix, " has dtype ", dtype_name(t.dtype()), ", want ", dtype_name(dtype));
 }
 
 /// A dense tensor of one shape.
 inline void check_dense(Argument a, const Tensor& t, int32_t device_type, int32_t dtype, IntView sizes) {
   check_device_and_dtype(a, t, device_type, dtype);
-  require(same(t.sizes(), sizes), a.op, ": ", a.name, " has shape ", text(t.sizes()), ", want ", text(sizes));
-  require(t.is_contiguous(), a.op, ": ", a.name, " must be contiguous, has strides ", text(t.strides()));
+  require(same(t.sizes(), sizes), a.op, ": ", a.name, a.suffix, " has shape ", text(t.sizes()), ", want ", text(sizes));
+  require(t.is_contiguous(), a.op, ": ", a.name, a.suffix, " must be contiguous, has strides ", text(t.strides()));
 }
 
 /// Bounds of Activation::clamp; None is infinite.
@@ -72,7 +76,7 @@ struct Bounds {
   float lo, hi;
   Bounds(const char* op, std::optional<double> min, std::optional<double> max)
       : lo(min ? static_cast<float>(*min) : -kInfinity), hi(max ? static_cast<float>(*max) : kInfinity) {
-    require(lo <= hi, op, ": activation_min ", std::to_string(lo), " must not be above activation_max ", std::to_string(hi));
+    require(lo <= hi, op, ": activation_min ", lo, " must not be above activation_max ", hi);
   }
 };
 

@@ -23,12 +23,11 @@ inline Geometry check_quantized(const char* op, const char* name, const Tensor& 
   const int32_t device = q.device_type();
   check_device_and_dtype({op, name}, q, device, codes().uint8);
   const IntView sizes = q.sizes(), leading = scale.sizes();
-  const std::string scale_name = std::string(name) + "_scale", zero_name = std::string(name) + "_zero_point";
   require(sizes.size() >= 2, op, ": ", name, " has shape ", text(sizes), ", want at least two dimensions");
-  require(leading.size() >= 1 && leading.size() < sizes.size() && same(leading, {sizes.data(), leading.size()}), op, ": ", scale_name,
-          " has shape ", text(leading), ", want leading dimensions of ", name, "'s ", text(sizes));
-  check_dense({op, scale_name.c_str()}, scale, device, codes().float32, leading);
-  check_dense({op, zero_name.c_str()}, zero_point, device, codes().int32, leading);
+  require(leading.size() >= 1 && leading.size() < sizes.size() && same(leading, {sizes.data(), leading.size()}), op, ": ", name,
+          "_scale has shape ", text(leading), ", want leading dimensions of ", name, "'s ", text(sizes));
+  check_dense({op, name, "_scale"}, scale, device, codes().float32, leading);
+  check_dense({op, name, "_zero_point"}, zero_point, device, codes().int32, leading);
   Geometry g;
   g.image = sizes.size() == 4 && leading.size() == 1;
   for (size_t i = 0; i < sizes.size(); ++i) (i < leading.size() ? g.samples : g.count) *= sizes[i];
