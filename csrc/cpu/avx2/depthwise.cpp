@@ -20,8 +20,6 @@ constexpr int64_t kMaxSteps = 64;     // pairs of taps
 constexpr int64_t kMaxPairs = 16;     // per kernel column
 constexpr int64_t kStripPairs = 128;  // interleaved (column, pair)s held at once
 
-inline __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
-inline void store(void* at, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(at), v); }
 
 /// Halves of 16 dwords in natural order: 0-3 and 8-11, 4-7 and 12-15; and back.
 inline void exchange_middle(__m256i (&v)[2]) {
@@ -162,23 +160,43 @@ struct Work {
 struct Codes {
   const Work* w;
   Rounding rounding;
+  ClampedRounding clamped;
+  const bool plain;  ///< `clamped` does, on all 16 channels
   int masks[2];
   CodeSums sums;
+  __m256i clipped_lanes = _mm256_setzero_si256();
   int64_t pending = 0, sum = 0, squares = 0, clipped = 0;
-  explicit Codes(const Work& work) : w(&work), rounding(work.s->y_zero_point), masks{work.half_mask(0), work.half_mask(1)} {}
+  explicit Codes(const Work& work)
+      : w(&work),
+        rounding(work.s->y_zero_point),
+        clamped(*work.s),
+        plain(ClampedRounding::covers(*work.s, work.p.activation) && !work.profiled_bounds && work.g.channels == kChannels),
+        masks{work.half_mask(0), work.half_mask(1)} {}
 
-  __attribute__((always_inline)) void operator()(const __m256i (&acc)[2], int64_t at) {
+  /// Words of 16 codes.
+  __attribute__((always_inline)) __m256i words(const __m256i (&acc)[2], int64_t at) {
     __m256 t[2];
-    w->output_values(acc, at, t);
-    __m256i codes[2];
-    for (int i = 0; i < 2; ++i) {
-      clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
-      codes[i] = rounding.codes(t[i]);
+    if (plain) {
+      w->values(acc, at, w->s->residual_multiplier, t);
+      return clamped.words(clamped.code(t[0], clipped_lanes), clamped.code(t[1], clipped_lanes));
     }
-    const __m256i words = _mm256_packs_epi32(codes[0], codes[1]);
-    const __m128i q = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    store_bytes16(w->p.y + at, q, w->g.channels);
-    sums.add(keep_bytes(_mm256_zextsi128_si256(q), w->g.channels < kChannels ? w->g.channels : kVector));
+    w->output_values(acc, at, t);
+    for (int i = 0; i < 2; ++i) clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
+    return _mm256_packs_epi32(rounding.codes(t[0]), rounding.codes(t[1]));
+  }
+  /// T neighbouring columns, two at a time.
+  template <int T>
+  __attribute__((always_inline)) void columns(const __m256i (&acc)[T][2], int64_t at, int64_t step) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t += 2) {
+      const bool two = t + 1 < T;
+      const __m256i first = words(acc[t], at + t * step), second = two ? words(acc[two ? t + 1 : t], at + (t + 1) * step) : _mm256_setzero_si256();
+      __m256i q = _mm256_permute4x64_epi64(_mm256_packus_epi16(first, second), 0xd8);
+      if (!plain) q = _mm256_and_si256(q, _mm256_broadcastsi128_si256(_mm256_castsi256_si128(keep_bytes(_mm256_set1_epi8(-1), w->g.channels))));
+      store_bytes16(w->p.y + at + t * step, _mm256_castsi256_si128(q), w->g.channels);
+      if (two) store_bytes16(w->p.y + at + (t + 1) * step, _mm256_extracti128_si256(q, 1), w->g.channels);
+      sums.add(q);
+    }
   }
   /// After at most 2 * kStripPairs vectors.
   void end_strip(int64_t vectors) {
@@ -187,6 +205,8 @@ struct Codes {
   }
   void flush() {
     sums.flush(sum, squares);
+    clipped += sum_epu32(clipped_lanes);
+    clipped_lanes = _mm256_setzero_si256();
     pending = 0;
   }
   void finish(Work& work) {
@@ -206,7 +226,11 @@ struct Floats {
   Work& w;
   explicit Floats(Work& work) : w(work) {}
 
-  void operator()(const __m256i (&acc)[2], int64_t at) {
+  template <int T>
+  void columns(const __m256i (&acc)[T][2], int64_t at, int64_t step) {
+    for (int t = 0; t < T; ++t) column(acc[t], at + t * step);
+  }
+  void column(const __m256i (&acc)[2], int64_t at) {
     __m256 y[2];
     w.layer_values(acc, at, y);
     __m256i bits[2] = {_mm256_castps_si256(y[0]), _mm256_castps_si256(y[1])};
@@ -218,27 +242,33 @@ struct Floats {
 
 struct Accumulators {
   Work& w;
-  explicit Accumulators(Work& work) : w(work) {}
+  __m256 lo = _mm256_set1_ps(kInfinity), hi = _mm256_set1_ps(-kInfinity), nan = _mm256_setzero_ps();
+  __m256 exists[2];  ///< the lanes that are channels
+  explicit Accumulators(Work& work) : w(work), exists{lanes_of(work.half_mask(0)), lanes_of(work.half_mask(1))} {}
 
-  void operator()(const __m256i (&acc)[2], int64_t at) {
+  template <int T>
+  void columns(const __m256i (&acc)[T][2], int64_t at, int64_t step) {
+    for (int t = 0; t < T; ++t) column(acc[t], at + t * step);
+  }
+  void column(const __m256i (&acc)[2], int64_t at) {
     __m256 y[2];
     w.output_values(acc, at, y);
-    alignas(32) float values[2][8];
     for (int i = 0; i < 2; ++i) {
-      _mm256_store_ps(values[i], y[i]);
-      const int mask = w.half_mask(i);
-      for (int lane = 0; lane < 8; ++lane) {
-        const float v = values[i][lane];
-        if (!(mask >> lane & 1)) continue;
-        if (w.lo == w.lo) w.lo = v != v || v < w.lo ? v : w.lo;  // a NaN stays
-        w.hi = v > w.hi ? v : w.hi;
-      }
+      lo = _mm256_min_ps(_mm256_blendv_ps(lo, y[i], exists[i]), lo);
+      hi = _mm256_max_ps(_mm256_blendv_ps(hi, y[i], exists[i]), hi);
+      nan = _mm256_or_ps(nan, _mm256_and_ps(exists[i], _mm256_cmp_ps(y[i], y[i], _CMP_UNORD_Q)));
     }
     __m256i sums[2] = {acc[0], acc[1]};
     store_dwords(w.p.accumulators, at, w.g.channels, sums);
   }
   void end_strip(int64_t) {}
-  void finish(Work&) {}
+  void finish(Work& work) {
+    float low, high;
+    reduce_range(lo, hi, &low, &high);
+    if (_mm256_movemask_ps(nan)) work.lo = kNan;
+    else if (work.lo == work.lo) work.lo = low < work.lo ? low : work.lo;  // a NaN stays
+    work.hi = high > work.hi ? high : work.hi;
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -328,8 +358,8 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t pairs, co
       constexpr int T = decltype(size)::value;
       __m256i acc[R][T][2];
       accumulate<R, T>(w, column, pairs, tap_step, column_step, acc);
-      for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) epilogue(acc[r][t], first + (r * p.out_width + ox + t) * channels);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) epilogue.template columns<T>(acc[r], first + (r * p.out_width + ox) * channels, channels);
       ox += T;
       column += T * column_step;
     };

@@ -24,51 +24,33 @@ inline int part_mask(int64_t n, int p) {
   const uint32_t bytes = n >= 32 ? ~0u : (1u << n) - 1;
   return static_cast<int>((bytes >> 4 * p & 0xf) | (bytes >> (16 + 4 * p) & 0xf) << 4);
 }
-inline __m256 lanes_of(int mask) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit));
-}
-
-inline void reduce_range(__m256 low, __m256 high, float* lo, float* hi) {
-  alignas(32) float lows[8], highs[8];
-  _mm256_store_ps(lows, low);
-  _mm256_store_ps(highs, high);
-  *lo = kInfinity;
-  *hi = -kInfinity;
-  for (int i = 0; i < 8; ++i) {
-    *lo = lows[i] < *lo ? lows[i] : *lo;
-    *hi = highs[i] > *hi ? highs[i] : *hi;
-  }
-}
-
-/// factor_a (a - z_a) + offset, plus factor_b (b - z_b), then the bounds: the arithmetic of requantize and layer_value.
+/// factor_a (a - z_a) + offset, plus factor_b (b - z_b): the arithmetic of requantize and layer_value.
 struct Sum {
-  __m256 factor_a, offset, factor_b, lo, hi;
+  __m256 factor_a, offset, factor_b;
   __m256i zero_a, zero_b;
 
-  Sum(const SampleEpilogue& s, float a, float o, float b, float low, float high)
+  Sum(const SampleEpilogue& s, float a, float o, float b)
       : factor_a(_mm256_set1_ps(a)),
         offset(_mm256_set1_ps(o)),
         factor_b(_mm256_set1_ps(b)),
-        lo(_mm256_set1_ps(low)),
-        hi(_mm256_set1_ps(high)),
         zero_a(_mm256_set1_epi32(s.x_zero_point)),
         zero_b(_mm256_set1_epi32(s.residual_zero_point)) {}
 
   __m256 value(__m256i a, __m256i b) const {
     const __m256 t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), factor_a, offset);
-    return clamp_ps(_mm256_fmadd_ps(_mm256_cvtepi32_ps(b), factor_b, t), lo, hi);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(b), factor_b, t);
   }
 };
 
 void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEpilogue& s, float activation_min, float activation_max, float* lo,
                float* hi) {
-  const Sum sum(s, s.x_scale, 0.0f, s.residual_scale, activation_min, activation_max);
+  const Sum sum(s, s.x_scale, 0.0f, s.residual_scale);
+  const __m256 least = _mm256_set1_ps(activation_min), most = _mm256_set1_ps(activation_max);
   __m256 low = _mm256_set1_ps(kInfinity), high = _mm256_set1_ps(-kInfinity);
   for (int64_t i = 0; i < count; i += kVector) {
     const Parts x(load_bytes32(a + i, count - i), sum.zero_a), y(load_bytes32(b + i, count - i), sum.zero_b);
     for (int p = 0; p < 4; ++p) {
-      const __m256 value = sum.value(x.part[p], y.part[p]), exists = lanes_of(part_mask(count - i, p));
+      const __m256 value = clamp_ps(sum.value(x.part[p], y.part[p]), least, most), exists = lanes_of(part_mask(count - i, p));
       low = _mm256_min_ps(_mm256_blendv_ps(low, value, exists), low);
       high = _mm256_max_ps(_mm256_blendv_ps(high, value, exists), high);
     }
@@ -78,8 +60,12 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
 
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
          bool channel_stats) {
-  const Sum sum(s, s.multiplier, s.inverse_scale * 0.0f, s.residual_multiplier, s.activation_lo, s.activation_hi);
+  const Sum sum(s, s.multiplier, s.inverse_scale * 0.0f, s.residual_multiplier);
   const Rounding rounding(s.y_zero_point);
+  const ClampedRounding clamped(s);
+  const bool plain = ClampedRounding::covers(s, Activation::clamp);
+  const __m256 least = _mm256_set1_ps(s.activation_lo), most = _mm256_set1_ps(s.activation_hi);
+  __m256i clipped_lanes = _mm256_setzero_si256();
   CodeSums sums;
   int64_t total = 0, squares = 0, clipped = 0, pending = 0;
   for (int64_t i = 0; i < count; i += kVector) {
@@ -90,23 +76,31 @@ void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, co
     }
     Parts x(load_bytes32(a + i, n), sum.zero_a);
     const Parts residual(load_bytes32(b + i, n), sum.zero_b);
-    for (int p = 0; p < 4; ++p) {
-      const __m256 t = sum.value(x.part[p], residual.part[p]);
-      clipped += count_bits(rounding.clipped(t) & part_mask(n, p));
-      x.part[p] = rounding.codes(t);
+    __m256i q;
+    if (plain && n >= kVector) {
+      for (int p = 0; p < 4; ++p) x.part[p] = clamped.code(sum.value(x.part[p], residual.part[p]), clipped_lanes);
+      q = _mm256_packus_epi16(clamped.words(x.part[0], x.part[1]), clamped.words(x.part[2], x.part[3]));
+    } else {
+      for (int p = 0; p < 4; ++p) {
+        const __m256 t = clamp_ps(sum.value(x.part[p], residual.part[p]), least, most);
+        clipped += count_bits(rounding.clipped(t) & part_mask(n, p));
+        x.part[p] = rounding.codes(t);
+      }
+      q = _mm256_packus_epi16(_mm256_packs_epi32(x.part[0], x.part[1]), _mm256_packs_epi32(x.part[2], x.part[3]));
     }
-    const __m256i q = _mm256_packus_epi16(_mm256_packs_epi32(x.part[0], x.part[1]), _mm256_packs_epi32(x.part[2], x.part[3]));
     store_bytes32(y + i, q, n);
     sums.add(keep_bytes(q, n));
     if (++pending == CodeSums::kFlushAfter) {
       sums.flush(total, squares);
+      clipped += sum_epu32(clipped_lanes);
+      clipped_lanes = _mm256_setzero_si256();
       pending = 0;
     }
   }
   sums.flush(total, squares);
   add_to(stats + kStatsSum, total);
   add_to(stats + kStatsSquares, squares);
-  add_to(stats + kStatsClipped, clipped);
+  add_to(stats + kStatsClipped, clipped + sum_epu32(clipped_lanes));
   if (channel_stats && s.valid) add_channel_moments(y, count / channels, channels, channels, stats + kStatsSample, stats + kStatsSample + channels);
 }
 

@@ -8,6 +8,10 @@
 namespace probquant {
 namespace {
 
+inline __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
+inline __m256i load_unaligned(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+inline void store(void* at, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(at), v); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic of numerics.h. vmaxps and vminps return their second operand when a NaN is involved, as max_f and min_f do.
 
@@ -82,6 +86,57 @@ struct Rounding {
     return _mm256_movemask_ps(inside) ^ 0xff;
   }
 };
+
+/// round_to_code() behind clamp_f() to the activation's bounds, for a sample in which few instructions do: codes less their
+/// zero point, to be packed with saturation, and a count of the lanes that clipped.
+struct ClampedRounding {
+  __m256 activation_lo, lo_edge, hi, hi_edge;
+  __m256i zero_point;  ///< 16-bit lanes
+
+  /// The sample is valid, and its activation leaves something of the range.
+  static bool covers(const SampleEpilogue& e, Activation activation) {
+    const float z = static_cast<float>(e.y_zero_point);
+    return e.valid && activation == Activation::clamp && e.activation_hi >= -z - 0.5f && e.activation_lo <= 255.5f - z;
+  }
+  explicit ClampedRounding(const SampleEpilogue& e) {
+    const float z = static_cast<float>(e.y_zero_point), top = 255.0f - z;
+    activation_lo = _mm256_set1_ps(e.activation_lo);
+    lo_edge = _mm256_set1_ps(-z - 0.5f);
+    hi = _mm256_set1_ps(e.activation_hi < top ? e.activation_hi : top);
+    hi_edge = _mm256_set1_ps(e.activation_hi <= top + 0.5f ? __builtin_inff() : top + 0.5f);
+    zero_point = _mm256_set1_epi16(static_cast<int16_t>(e.y_zero_point));
+  }
+
+  /// A NaN becomes activation_lo, as in clamp_f. What is above the range is cut; what is far below converts to INT_MIN, or
+  /// saturates when it is packed.
+  __m256i code(__m256 t, __m256i& clipped) const {
+    t = _mm256_max_ps(t, activation_lo);
+    const __m256 outside = _mm256_or_ps(_mm256_cmp_ps(t, lo_edge, _CMP_LT_OQ), _mm256_cmp_ps(t, hi_edge, _CMP_GT_OQ));
+    clipped = _mm256_sub_epi32(clipped, _mm256_castps_si256(outside));
+    return _mm256_cvtps_epi32(_mm256_min_ps(t, hi));
+  }
+  /// 16 codes plus the zero point: words, above 255 or below 0 only where packing to bytes saturates rightly.
+  __m256i words(__m256i low, __m256i high) const { return _mm256_adds_epi16(_mm256_packs_epi32(low, high), zero_point); }
+};
+
+/// The lanes whose bits are set.
+inline __m256 lanes_of(int mask) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bit), bit));
+}
+
+/// Minimum and maximum of the lanes, passing over NaNs.
+inline void reduce_range(__m256 low, __m256 high, float* lo, float* hi) {
+  alignas(32) float lows[8], highs[8];
+  _mm256_store_ps(lows, low);
+  _mm256_store_ps(highs, high);
+  *lo = kInfinity;
+  *hi = -kInfinity;
+  for (int i = 0; i < 8; ++i) {
+    *lo = lows[i] < *lo ? lows[i] : *lo;
+    *hi = highs[i] > *hi ? highs[i] : *hi;
+  }
+}
 
 inline int count_bits(int mask) { return __builtin_popcount(static_cast<unsigned>(mask)); }
 
