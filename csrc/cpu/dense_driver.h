@@ -94,7 +94,8 @@ class DenseDriver {
     interior_x1 = interior_end(s.in_width, s.padding_left, s.kernel_width, s.stride_width, s.dilation_width, interior_x0, p.out_width);
   }
 
-  /// Calls kernel.run(tile, panel) over the range and kernel.end_chunk() where no more than kChunkSamples samples were met.
+  /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows) before the tiles that meet those
+  /// weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
@@ -104,11 +105,12 @@ class DenseDriver {
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
       const int64_t max_rows = Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
-      const int64_t rows = range.row_end - range.row_begin, most = chunk_rows(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
+      const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
         kernel.start_chunk(begin, end);
         if (tiles_outside) {
+          if (begin == range.row_begin) kernel.start_weights(p.packed_weight + (base + b0) * layout.block_bytes, b1 - b0, rows);
           for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
             kernel.start_tile(tile);
             for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
@@ -117,6 +119,7 @@ class DenseDriver {
           for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) {
             const uint8_t* ahead = panel.block + panel.blocks * layout.block_bytes;
             const uint8_t* const stop = panel.channel + panel.channels < range.channel_end ? ahead + panel.blocks * layout.block_bytes : ahead;
+            kernel.start_weights(panel.block, panel.blocks, end - begin);
             const int64_t share = ceil_div(panel.blocks * layout.block_bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
               for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
@@ -168,12 +171,12 @@ class DenseDriver {
   }
 
   /// Rows between two ends of a chunk: their input, a panel and what is written stay in L2.
+  template <class Kernel>
   int64_t chunk_rows(bool tiles_outside) const {
     const int64_t most = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
     if (tiles_outside) return most;
-    constexpr int64_t kInputBytes = 640 << 10;
     const int64_t bytes = s.in_channels * min_i(s.stride_height, s.kernel_height) * min_i(s.stride_width, s.kernel_width);
-    return clamp_i(kInputBytes / bytes, 4 * kTileRows, most);
+    return clamp_i(Kernel::kInputInCache / bytes, 4 * kTileRows, most);
   }
 
   template <class Kernel, class Visit>

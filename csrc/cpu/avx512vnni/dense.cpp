@@ -416,12 +416,15 @@ inline __m512 output_values(__m512i acc, const BlockHeader& header, const Sample
 class DenseKernel {
  public:
   static constexpr int64_t kWeightsInCache = 256 << 10;
+  static constexpr int64_t kInputInCache = 640 << 10;
   static int64_t max_rows(int64_t blocks) { return blocks >= 4 ? 6 : blocks == 3 ? 8 : 12; }
   static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
 
   DenseKernel(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
 
   /// Rows [begin, end) follow, of at most kChunkSamples samples.
+  void start_weights(const uint8_t*, int64_t, int64_t) {}
+
   void start_chunk(int64_t begin, int64_t end) {
     if (output != Output::codes) return;
     chunk_sample = begin / p.rows_per_sample;

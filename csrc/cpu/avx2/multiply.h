@@ -1,0 +1,112 @@
+// Multiplication of 16-bit inputs and weights in register tiles, AVX2: what the direct and the Winograd kernels of dense
+// layers share. Weights lie as [inputs / 2][channels][2 inputs], so that vpmaddwd takes two inputs of 8 channels at once.
+//
+// A tile of 3 rows x 32 channels has 12 accumulators; the weights are memory operands, an input and a product complete the
+// registers. Two inputs are 3 vpbroadcastd, 12 vpmaddwd and 12 vpaddd: no other tile of 16 registers needs as few
+// instructions per product. 6 rows x 16 channels are what a block left over gets.
+#pragma once
+#include "epilogue.h"
+
+#include <memory>
+#include <new>
+
+namespace probquant {
+namespace {
+
+/// Scratch of 16-bit words on a cache line; not initialised.
+class AlignedWords {
+ public:
+  explicit AlignedWords(int64_t count) : words(static_cast<int16_t*>(::operator new(static_cast<size_t>(2 * count), kAlignment))) {}
+  int16_t* get() const { return words.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(int16_t* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<int16_t, Free> words;
+};
+
+/// Of 4 words of channels 0-3 and 4-7: the first two of 8 channels, and their last two.
+inline void separate_pairs(__m256i low, __m256i high, __m256i (&pairs)[2]) {
+  const __m256 a = _mm256_castsi256_ps(low), b = _mm256_castsi256_ps(high);
+  pairs[0] = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xd8);
+  pairs[1] = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8);
+}
+
+/// Sums of kRows rows x kVectors * 8 channels.
+template <int kRows, int kVectors>
+struct Accumulators {
+  __m256i sum[kRows][kVectors];
+
+  __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm256_setzero_si256();
+  }
+  /// From and to memory, [row][stride].
+  __attribute__((always_inline)) void load_from(const int32_t* at, int64_t stride) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(at + i * stride + j * 8);
+  }
+  __attribute__((always_inline)) void store_to(int32_t* at, int64_t stride) const {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store(at + i * stride + j * 8, sum[i][j]);
+  }
+
+  /// Channels 2 and 3 of 8 for 4 and 5.
+  __attribute__((always_inline)) void exchange_middle() {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm256_permute4x64_epi64(sum[i][j], 0xd8);
+  }
+
+  /// Adds the products of 4 * steps inputs; rows of x are x_stride words apart.
+  __attribute__((always_inline)) void add_words(const int16_t* x, int64_t x_stride, const int16_t* w, int64_t steps) {
+    constexpr int64_t kPairWords = kVectors * 16;
+    const int16_t* row[kRows];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) row[i] = x + i * x_stride;
+    for (int64_t at = 0; at < 4 * steps; at += 4, w += 2 * kPairWords) {
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair)
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) {
+          asm("" : "+r"(w));  // weights stay memory operands of every row: there are no registers to keep them in
+          int32_t two;
+          __builtin_memcpy(&two, row[i] + at + 2 * pair, 4);
+          const __m256i v = _mm256_set1_epi32(two);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) {
+            sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(v, load(w + pair * kPairWords + j * 16)));
+            asm("" : "+x"(sum[i][j]));  // or two products are added first, and wait for it in memory
+          }
+        }
+    }
+  }
+};
+
+/// Kernels of 16 and of 32 channels for every number of rows: [two blocks][rows - 1].
+template <class Kernel>
+struct TileKernels {
+  Kernel of[2][6];
+};
+#define PROBQUANT_TILES(kernel) \
+  {{{kernel<1, 2>, kernel<2, 2>, kernel<3, 2>, kernel<4, 2>, kernel<5, 2>, kernel<6, 2>}, {kernel<1, 4>, kernel<2, 4>, kernel<3, 4>}}}
+
+/// Calls visit(first row, rows of a tile, tiles) for what `rows` rows are made of: tiles of 3 (6) rows, and one of the rest.
+template <class Visit>
+inline void for_each_part(int rows, bool two_blocks, Visit visit) {
+  const int most = two_blocks ? 3 : 6, tiles = rows / most, rest = rows % most;
+  if (tiles > 0) visit(0, most, tiles);
+  if (rest > 0) visit(rows - rest, rest, 1);
+}
+
+}  // namespace
+}  // namespace probquant
