@@ -52,6 +52,25 @@ void parallel_over_samples(const Executor& executor, int64_t samples, int64_t ex
 /// Checks a window op's sizes: positive (padding: not negative), at most kMaxExtent, and at least one output.
 void check_window(const char* op, const Conv2dShape& shape);
 
+/// Checks what conv2d and surrogate_law are given, but for the weight; check_layer_shape looks at the sizes alone.
+void check_layer_shape(const Conv2dShape& shape);
+void check_layer(const Conv2dShape& shape, const LayerArguments& arguments);
+/// Checks the sizes of a weight.
+void check_weight(const WeightShape& shape);
+
+inline bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
+inline bool has_law(Strategy s) { return is_gaussian(s) || s == Strategy::channel; }
+inline bool law_per_output(const Conv2dShape& s, Strategy strategy) {
+  return strategy == Strategy::gaussian_channel || (strategy == Strategy::channel && is_depthwise(weight_shape(s)));
+}
+/// Weights per output of a layer.
+inline int64_t field_weights(const Conv2dShape& s) { return s.kernel_height * s.kernel_width * (s.in_channels / s.groups); }
+/// Whether the layer's one receptive field is the whole sample (a token, a pooled image), whose stats are its sums.
+inline bool is_one_field(const Conv2dShape& s) {
+  return field_weights(s) == s.in_height * s.in_width * s.in_channels && s.out_height() == 1 && s.out_width() == 1 &&
+         s.padding_top + s.padding_left == 0 && s.padding_bottom + s.padding_right == 0;
+}
+
 /// Clears the stats of an output before kernels add to them.
 void clear_stats(const QuantizedOutput& y, int64_t samples, int64_t channels);
 inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t channels) {
@@ -65,12 +84,15 @@ void pass_qparams(const QuantizedInput& x, const QuantizedOutput& y, int64_t sam
 /// After the kernels: the clip count of invalid samples becomes -1.
 void mark_invalid(const QuantizedOutput& y, int64_t samples, int64_t channels);
 
-/// Parameters given by a Strategy::fixed predictor [scale, zero_point].
-QParams fixed_qparams(const float* predictor);
 /// Checks that a predictor has the size its strategy needs.
 void check_predictor(const char* op, Strategy strategy, const float* predictor, int64_t size, int64_t wanted);
 /// Checks the range of an op without weights; a gaussian predictor has gaussian_size values.
 void check_range(const char* op, const RangeArguments& range, int64_t gaussian_size);
+
+/// Checks what the pools are given.
+void check_pool(Pool kind, const Conv2dShape& shape, const RangeArguments& range);
+void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
+                         const RangeArguments& range);
 
 /// Quantizes one row [channels] that is a sample of its own: fixed, or its exact range. `valid`: the scales it was made from are.
 void quantize_row(const float* x, int64_t row, int64_t channels, bool valid, const RangeArguments& range, const QuantizedOutput& y);

@@ -10,44 +10,6 @@
 namespace probquant {
 namespace {
 
-bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
-bool has_law(Strategy s) { return is_gaussian(s) || s == Strategy::channel; }
-bool law_per_output(const Conv2dShape& s, Strategy strategy) {
-  return strategy == Strategy::gaussian_channel || (strategy == Strategy::channel && PackedLayout(weight_shape(s)).depthwise);
-}
-
-void check_shape(const Conv2dShape& s) {
-  require(s.groups > 0 && s.in_channels % s.groups == 0, "conv2d: groups ", s.groups, " does not divide in_channels ", s.in_channels);
-  check_window("conv2d", s);
-}
-
-int64_t field_weights(const Conv2dShape& s) { return s.kernel_height * s.kernel_width * (s.in_channels / s.groups); }
-
-void check_arguments(const Conv2dShape& s, const LayerArguments& a) {
-  require(a.activation == Activation::clamp || a.residual.q == nullptr, "conv2d: a curved activation cannot be fused behind a residual");
-  require(a.activation != Activation::clamp || a.activation_min <= a.activation_max, "conv2d: activation_min is above activation_max");
-  const int64_t wanted = a.strategy == Strategy::fixed              ? 2
-                         : a.strategy == Strategy::gaussian         ? kGaussianPredictorSize
-                         : law_per_output(s, a.strategy)            ? law_per_output_predictor_size(s.out_channels)
-                         : a.strategy == Strategy::channel          ? channel_predictor_size(s.in_channels)
-                         : a.strategy == Strategy::probe            ? kProbePredictorSize
-                                                                    : 0;
-  check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
-  if (!has_law(a.strategy)) return;
-  require(s.batch == 0 || a.x.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy), " needs x.stats");
-  require(s.batch == 0 || a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy),
-          " needs residual.stats");
-  if (a.strategy == Strategy::channel) {
-    require(s.batch == 0 || a.x.stats_stride == stats_columns(s.in_channels, true), "conv2d: strategy 6 needs x.stats with channel moments, ",
-            stats_columns(s.in_channels, true), " columns, got ", a.x.stats_stride);
-    return;
-  }
-  require(a.gamma >= 0, "conv2d: gamma ", a.gamma, ", want >= 0");
-  const double largest = 255.0 * static_cast<double>(field_weights(s));
-  require(largest * largest * static_cast<double>(s.out_height() * s.out_width() * s.groups) < 9.2e18,
-          "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
-}
-
 SampleEpilogue epilogue_inputs(const LayerArguments& a, int64_t sample) {
   const bool residual = a.residual.q != nullptr;
   return sample_inputs(a.x.scale[sample], a.x.zero_point[sample], residual ? a.residual.scale[sample] : 1.0f,
@@ -73,10 +35,8 @@ void sample_fields(const Conv2dShape& s, const LayerArguments& a, int64_t sample
     return;
   }
   sums.assign(groups, PatchSums{});
-  if (weights == count && s.out_height() == 1 && s.out_width() == 1 && s.padding_top + s.padding_left == 0 && s.padding_bottom + s.padding_right == 0) {
-    // one field that is the whole sample (a token, a pooled image): the producer's epilogue summed it already
-    const int64_t z = e.x_zero_point, t1 = stats[kStatsSum] - count * z;
-    sums[0] = {1, t1, stats[kStatsSquares] - 2 * z * stats[kStatsSum] + count * z * z, t1 * t1};
+  if (is_one_field(s)) {  // the producer's epilogue summed it already
+    sums[0] = patch_sums_of_sample(stats[kStatsSum], stats[kStatsSquares], count, e.x_zero_point);
   } else {
     kernels().patch_sums(s, a.x.q + sample * count, e.x_zero_point, a.gamma, per_group, sums.data());
   }
@@ -255,7 +215,7 @@ void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a
 
 int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy) {
   if (strategy != Strategy::dynamic && strategy != Strategy::probe) return 0;
-  check_shape(shape);
+  check_layer_shape(shape);
   return held_samples(shape, strategy) * (4 * held_rows(shape, strategy) * shape.out_channels + 2 * static_cast<int64_t>(sizeof(float)));
 }
 
@@ -267,8 +227,7 @@ std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows) {
 }
 
 void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& executor) {
-  check_shape(shape);
-  check_arguments(shape, a);
+  check_layer(shape, a);
   if (shape.batch == 0) return;
 
   LayerProblem p(shape);
@@ -330,9 +289,8 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
 int64_t surrogate_laws(const Conv2dShape& shape, Strategy strategy) { return law_per_output(shape, strategy) ? shape.out_channels : 1; }
 
 void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law, const Executor& executor) {
-  check_shape(shape);
   require(has_law(a.strategy), "surrogate_law: strategy ", static_cast<int64_t>(a.strategy), " has no law, want gaussian, gaussian_channel or channel");
-  check_arguments(shape, a);
+  check_layer(shape, a);
   const int64_t laws = surrogate_laws(shape, a.strategy);
   parallel_for(executor, shape.batch, [&](int64_t begin, int64_t end) {
     FieldScratch sums;

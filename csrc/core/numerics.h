@@ -45,6 +45,11 @@ PROBQUANT_HOST_DEVICE inline QParams qparams_from_range(float lo, float hi) {
   return {scale, static_cast<int32_t>(clamp_f(rintf(-lo / scale), 0.0f, 255.0f))};
 }
 
+/// Parameters given by a Strategy::fixed predictor [scale, zero_point].
+PROBQUANT_HOST_DEVICE inline QParams fixed_qparams(const float* predictor) {
+  return {predictor[0], static_cast<int32_t>(clamp_f(rintf(predictor[1]), 0.0f, 255.0f))};
+}
+
 /// What one rounding gives: the code and whether it saturated.
 struct Code {
   uint8_t q;

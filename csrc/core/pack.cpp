@@ -2,35 +2,18 @@
 #include "front_end.h"
 #include "packed_weight.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace probquant {
-namespace {
-
-/// Longest sum whose int32 accumulator cannot overflow: K * 255 * 127 < 2^31, rounded down.
-constexpr int64_t kMaxSum = 66000;
-
-void check(const WeightShape& s) {
-  require(s.out_channels > 0 && s.kernel_height > 0 && s.kernel_width > 0 && s.in_channels_per_group > 0 && s.groups > 0,
-          "weight: every size must be positive, got [", s.out_channels, ", ", s.kernel_height, ", ", s.kernel_width, ", ", s.in_channels_per_group,
-          "] with groups ", s.groups);
-  require(s.out_channels <= kMaxExtent, "weight: ", s.out_channels, " output channels, want at most ", kMaxExtent);
-  require(s.out_channels % s.groups == 0, "weight: out_channels ", s.out_channels, " is not a multiple of groups ", s.groups);
-  const double k = static_cast<double>(s.kernel_height) * static_cast<double>(s.kernel_width) * static_cast<double>(s.in_channels_per_group);
-  require(k < kMaxSum, "weight: ", static_cast<int64_t>(std::min(k, 9e18)), " weights per output overflow the int32 accumulator, want fewer than ", kMaxSum);
-}
-
-}  // namespace
 
 int64_t packed_weight_bytes(const WeightShape& shape) {
-  check(shape);
+  check_weight(shape);
   return PackedLayout(shape).bytes();
 }
 
 void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias, const float* output_profile,
                  uint8_t* packed) {
-  check(shape);
+  check_weight(shape);
   const PackedLayout layout(shape);
   std::memset(packed, 0, static_cast<size_t>(layout.bytes()));
   ProfileSpan span{kInfinity, 0.0f};

@@ -49,7 +49,7 @@ struct PackedLayout {
   int64_t block_bytes;
 
   explicit PackedLayout(const WeightShape& s)
-      : depthwise(s.in_channels_per_group == 1 && s.groups > 1),
+      : depthwise(is_depthwise(s)),
         out_channels(s.out_channels),
         groups(s.groups),
         taps(s.kernel_height * s.kernel_width),
@@ -88,9 +88,5 @@ struct PackedLayout {
            s.kernel_height * ((row + 3) / 4 * 4) <= kMaxRowSegmentBytes;
   }
 };
-
-inline WeightShape weight_shape(const Conv2dShape& s) {
-  return {s.out_channels, s.kernel_height, s.kernel_width, s.in_channels / s.groups, s.groups};
-}
 
 }  // namespace probquant

@@ -4,31 +4,24 @@
 #include <vector>
 
 #include "front_end.h"
+#include "windows.h"
 
 namespace probquant {
 namespace {
 
-/// One window, cut to the input.
-struct Window {
-  int64_t y_begin, y_end, x_begin, x_end;
-  int64_t divisor;
-};
-
-/// Average pooling over any windows: window_at(oy, ox).
-template <class WindowAt>
-void average(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width, const QuantizedInput& x,
-             const RangeArguments& range, const QuantizedOutput& y, const Executor& executor, WindowAt window_at) {
-  check_range("average pool", range, 0);
+void average(int64_t batch, int64_t channels, const AverageWindows& windows, const QuantizedInput& x, const RangeArguments& range,
+             const QuantizedOutput& y, const Executor& executor) {
   if (batch == 0) return;
+  const int64_t in_height = windows.in_height, in_width = windows.in_width, out_width = windows.out_width;
   clear_stats(y, batch, channels);
   std::vector<SampleEpilogue> epilogues(static_cast<size_t>(batch));
   std::vector<float> exact(static_cast<size_t>(2 * batch));
-  const int64_t positions = out_height * out_width;
+  const int64_t positions = windows.out_height * out_width;
   // visit(position, sums, offset, share): every channel of one output, share * (sum - offset)
   const auto for_each_output = [&](int64_t n, int64_t begin, int64_t end, auto visit) {
     std::vector<int32_t> sums(static_cast<size_t>(channels));
     for (int64_t position = begin; position < end; ++position) {
-      const Window w = window_at(position / out_width, position % out_width);
+      const Window w = windows.at(position / out_width, position % out_width);
       const int64_t rows = w.y_end - w.y_begin, columns = w.x_end - w.x_begin;
       kernels().window_sums(x.q + ((n * in_height + w.y_begin) * in_width + w.x_begin) * channels, rows, columns, in_width * channels, channels,
                             channels, sums.data());
@@ -76,24 +69,15 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
   const int64_t channels = s.in_channels, out_width = s.out_width(), positions = s.out_height() * out_width;
   clear_stats(y, s.batch, channels);
   pass_qparams(x, y, s.batch);
-  // the part of a kernel axis inside the input: taps [begin, end), the first at `first`
-  struct Taps {
-    int64_t begin, end, first;
-  };
-  const auto taps = [](int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size) {
-    const int64_t start = position * stride - padding;
-    const int64_t begin = start < 0 ? (-start + dilation - 1) / dilation : 0, end = std::min(kernel, (size - start + dilation - 1) / dilation);
-    return Taps{begin, std::max(begin, end), start + begin * dilation};
-  };
   const int64_t row = s.in_width * channels;
   parallel_over_samples(executor, s.batch, positions, 16, [&](int64_t n, int64_t begin, int64_t end) {
     const uint8_t* image = x.q + n * s.in_height * row;
     uint8_t* out = y.q + n * positions * channels;
     if (!valid_scale(y.scale[n])) return static_cast<void>(std::fill(out + begin * channels, out + end * channels, uint8_t{0}));
     for (int64_t position = begin; position < end; ++position) {
-      const Taps v = taps(position / out_width, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
-      const Taps h = taps(position % out_width, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
-      kernels().window_max(image + v.first * row + h.first * channels, v.end - v.begin, h.end - h.begin, s.dilation_height * row,
+      const MaxTaps v(position / out_width, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
+      const MaxTaps h(position % out_width, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
+      kernels().window_max(image + v.first * row + h.first * channels, v.count, h.count, s.dilation_height * row,
                            s.dilation_width * channels, channels, out + position * channels);
     }
     kernels().moments(out + begin * channels, (end - begin) * channels, channels, y.channel_stats, stats_row(y, n, channels));
@@ -105,35 +89,15 @@ void maximum(const Conv2dShape& s, const QuantizedInput& x, const QuantizedOutpu
 
 void pool2d(Pool kind, const Conv2dShape& s, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
             const Executor& executor) {
-  check_window("pool2d", s);
-  const auto covers = [](int64_t before, int64_t after, int64_t kernel, int64_t dilation) {
-    return before < dilation * (kernel - 1) + 1 && after < dilation * (kernel - 1) + 1;
-  };
-  require(covers(s.padding_top, s.padding_bottom, s.kernel_height, s.dilation_height) && covers(s.padding_left, s.padding_right, s.kernel_width, s.dilation_width),
-          "pool2d: padding (", s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right,
-          ") must be smaller than the window (", s.kernel_height, ", ", s.kernel_width, ")");
+  check_pool(kind, s, range);
   if (kind == Pool::max) return maximum(s, x, y, executor);
-  require(s.dilation_height == 1 && s.dilation_width == 1, "pool2d: average pooling has no dilation");
-  average(s.batch, s.in_height, s.in_width, s.in_channels, s.out_height(), s.out_width(), x, range, y, executor, [&](int64_t oy, int64_t ox) {
-    const int64_t top = oy * s.stride_height - s.padding_top, left = ox * s.stride_width - s.padding_left;
-    const int64_t bottom = std::min(top + s.kernel_height, s.in_height + s.padding_bottom);
-    const int64_t right = std::min(left + s.kernel_width, s.in_width + s.padding_right);
-    Window w{std::max<int64_t>(top, 0), std::min(bottom, s.in_height), std::max<int64_t>(left, 0), std::min(right, s.in_width), 0};
-    w.divisor = count_include_pad ? (bottom - top) * (right - left) : (w.y_end - w.y_begin) * (w.x_end - w.x_begin);
-    return w;
-  });
+  average(s.batch, s.in_channels, average_windows(s, count_include_pad), x, range, y, executor);
 }
 
 void adaptive_average_pool2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
                              const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y, const Executor& executor) {
-  require(batch >= 0 && in_height > 0 && in_width > 0 && channels > 0 && out_height > 0 && out_width > 0, "adaptive_average_pool2d: input [", batch,
-          ", ", in_height, ", ", in_width, ", ", channels, "], output (", out_height, ", ", out_width, "), want positive sizes");
-  average(batch, in_height, in_width, channels, out_height, out_width, x, range, y, executor, [&](int64_t oy, int64_t ox) {
-    Window w{oy * in_height / out_height, ((oy + 1) * in_height + out_height - 1) / out_height, ox * in_width / out_width,
-             ((ox + 1) * in_width + out_width - 1) / out_width, 0};
-    w.divisor = (w.y_end - w.y_begin) * (w.x_end - w.x_begin);
-    return w;
-  });
+  check_adaptive_pool(batch, in_height, in_width, channels, out_height, out_width, range);
+  average(batch, channels, adaptive_windows(in_height, in_width, out_height, out_width), x, range, y, executor);
 }
 
 }  // namespace probquant

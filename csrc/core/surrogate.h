@@ -29,6 +29,12 @@ PROBQUANT_HOST_DEVICE inline FieldMoments field_moments(const PatchSums& p, floa
   return {scale * static_cast<float>(mean), squared * static_cast<float>(static_cast<double>(p.squares) / n), squared * static_cast<float>(variance)};
 }
 
+/// Sums of the one field that is a whole sample of `count` values, from its stats.
+PROBQUANT_HOST_DEVICE inline PatchSums patch_sums_of_sample(int64_t sum, int64_t squares, int64_t count, int32_t zero_point) {
+  const int64_t z = zero_point, centred = sum - count * z;
+  return {1, centred, squares - 2 * z * sum + count * z * z, centred * centred};
+}
+
 /// gamma = 0: fields of `weights` independent draws from an input with these moments over `count` values (borders ignored).
 PROBQUANT_HOST_DEVICE inline FieldMoments field_moments_of_input(int64_t sum, int64_t squares, int64_t count, int32_t zero_point, int64_t weights,
                                                                  float scale) {
@@ -74,34 +80,38 @@ PROBQUANT_HOST_DEVICE inline void channel_moments(int64_t sum, int64_t squares, 
   variance = variance > 0.0 ? variance : 0.0;
 }
 
-/// Weights of input channel c (over all outputs and taps) have the mean sum mean_w[c] over an output's taps, and the mean sum
-/// of squares square_w[c]. Channels are summed in kChannelLanes interleaved sums that are then halved, so that loops vectorise.
+/// What one input channel adds to the sums. Its weights (over all outputs and taps) have the mean sum mean_w over an output's
+/// taps, and the mean sum of squares square_w; `share` = 1 / taps.
+PROBQUANT_HOST_DEVICE inline ChannelSums channel_terms(int64_t sum, int64_t squares, int64_t count, int32_t zero_point, double share, float mean_w,
+                                                       float square_w) {
+  double t1, variance;
+  channel_moments(sum, squares, count, zero_point, t1, variance);
+  const double w = static_cast<double>(mean_w), w2 = static_cast<double>(square_w);
+  double spread = w2 - w * w * share;  // variance of the weights, summed over the taps
+  spread = spread > 0.0 ? spread : 0.0;
+  return {w * t1, w2 * variance, spread * (t1 * t1)};
+}
+
+PROBQUANT_HOST_DEVICE inline void operator+=(ChannelSums& a, const ChannelSums& b) {
+  a.mean += b.mean;
+  a.within += b.within;
+  a.between += b.between;
+}
+
+/// Sums over all channels: in kChannelLanes interleaved sums that are then halved, so that loops vectorise.
 inline constexpr int64_t kChannelLanes = 8;
 PROBQUANT_HOST_DEVICE inline ChannelSums channel_sums(const int64_t* sums, const int64_t* squares, int64_t channels, int64_t count,
                                                       int32_t zero_point, int64_t taps, const float* mean_w, const float* square_w) {
-  double mean[kChannelLanes] = {}, within[kChannelLanes] = {}, between[kChannelLanes] = {};
+  ChannelSums lanes[kChannelLanes] = {};
   const double share = 1.0 / static_cast<double>(taps);
-  const auto add = [&](int64_t c, int64_t lane) {
-    double t1, variance;
-    channel_moments(sums[c], squares[c], count, zero_point, t1, variance);
-    const double w = static_cast<double>(mean_w[c]), w2 = static_cast<double>(square_w[c]);
-    double spread = w2 - w * w * share;  // variance of the weights, summed over the taps
-    spread = spread > 0.0 ? spread : 0.0;
-    mean[lane] += w * t1;
-    within[lane] += w2 * variance;
-    between[lane] += spread * (t1 * t1);
-  };
+  const auto add = [&](int64_t c, int64_t lane) { lanes[lane] += channel_terms(sums[c], squares[c], count, zero_point, share, mean_w[c], square_w[c]); };
   int64_t c = 0;
   for (; c + kChannelLanes <= channels; c += kChannelLanes)
     for (int64_t lane = 0; lane < kChannelLanes; ++lane) add(c + lane, lane);
   for (int64_t lane = 0; c + lane < channels; ++lane) add(c + lane, lane);
   for (int64_t half = kChannelLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) {
-      mean[lane] += mean[lane + half];
-      within[lane] += within[lane + half];
-      between[lane] += between[lane + half];
-    }
-  return {mean[0], within[0], between[0]};
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 /// Law of all outputs: what varies over the positions of a channel and, between channels, its mean; `within` and `between`

@@ -39,6 +39,13 @@ struct WeightShape {
   int64_t out_channels = 0, kernel_height = 1, kernel_width = 1, in_channels_per_group = 0, groups = 1;
 };
 
+/// Of a layer's weight.
+constexpr WeightShape weight_shape(const Conv2dShape& s) {
+  return {s.out_channels, s.kernel_height, s.kernel_width, s.in_channels / s.groups, s.groups};
+}
+/// Whether every output channel sees one input channel out of several.
+constexpr bool is_depthwise(const WeightShape& s) { return s.in_channels_per_group == 1 && s.groups > 1; }
+
 /// Bytes of the packed form of a weight: the one CPU layout that serves every ISA.
 PROBQUANT_API int64_t packed_weight_bytes(const WeightShape& shape);
 

@@ -1,0 +1,104 @@
+// The checks of sizes and arguments that the front ends of CPU and CUDA share. Needs no kernel.
+#include <algorithm>
+
+#include "front_end.h"
+#include "probe.h"
+
+namespace probquant {
+namespace {
+
+/// Longest sum whose int32 accumulator cannot overflow: K * 255 * 127 < 2^31, rounded down.
+constexpr int64_t kMaxSum = 66000;
+
+}  // namespace
+
+void check_window(const char* op, const Conv2dShape& s) {
+  const auto inside = [](int64_t value, int64_t least) { return value >= least && value <= kMaxExtent; };
+  require(s.batch >= 0, op, ": batch ", s.batch, ", want >= 0");
+  require(inside(s.in_height, 1) && inside(s.in_width, 1) && inside(s.in_channels, 1), op, ": input [", s.in_height, ", ", s.in_width, ", ",
+          s.in_channels, "] (H, W, C), want positive sizes");
+  require(inside(s.kernel_height, 1) && inside(s.kernel_width, 1), op, ": kernel (", s.kernel_height, ", ", s.kernel_width, "), want positive");
+  require(inside(s.stride_height, 1) && inside(s.stride_width, 1), op, ": stride (", s.stride_height, ", ", s.stride_width, "), want positive");
+  require(inside(s.dilation_height, 1) && inside(s.dilation_width, 1), op, ": dilation (", s.dilation_height, ", ", s.dilation_width,
+          "), want positive");
+  require(inside(s.padding_top, 0) && inside(s.padding_bottom, 0) && inside(s.padding_left, 0) && inside(s.padding_right, 0), op, ": padding (",
+          s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right, "), want >= 0");
+  require(s.out_height() > 0 && s.out_width() > 0, op, ": kernel (", s.kernel_height, ", ", s.kernel_width,
+          ") with dilation is larger than the padded input (", s.in_height + s.padding_top + s.padding_bottom, ", ",
+          s.in_width + s.padding_left + s.padding_right, ")");
+}
+
+void check_predictor(const char* op, Strategy strategy, const float* predictor, int64_t size, int64_t wanted) {
+  require(size == wanted && (predictor != nullptr || wanted == 0), op, ": predictor has ", size, " values, strategy ",
+          static_cast<int64_t>(strategy), " wants ", wanted);
+}
+
+void check_range(const char* op, const RangeArguments& range, int64_t gaussian_size) {
+  require(range.strategy == Strategy::fixed || range.strategy == Strategy::dynamic || range.strategy == Strategy::gaussian, op, ": strategy ",
+          static_cast<int64_t>(range.strategy), ", want fixed, dynamic or gaussian");
+  check_predictor(op, range.strategy, range.predictor, range.predictor_size,
+                  range.strategy == Strategy::fixed ? 2 : range.strategy == Strategy::gaussian ? gaussian_size : 0);
+}
+
+void check_pool(Pool kind, const Conv2dShape& s, const RangeArguments& range) {
+  check_window("pool2d", s);
+  const auto covers = [](int64_t before, int64_t after, int64_t kernel, int64_t dilation) {
+    return before < dilation * (kernel - 1) + 1 && after < dilation * (kernel - 1) + 1;
+  };
+  require(covers(s.padding_top, s.padding_bottom, s.kernel_height, s.dilation_height) && covers(s.padding_left, s.padding_right, s.kernel_width, s.dilation_width),
+          "pool2d: padding (", s.padding_top, ", ", s.padding_bottom, ", ", s.padding_left, ", ", s.padding_right,
+          ") must be smaller than the window (", s.kernel_height, ", ", s.kernel_width, ")");
+  if (kind == Pool::max) return;
+  require(s.dilation_height == 1 && s.dilation_width == 1, "pool2d: average pooling has no dilation");
+  check_range("average pool", range, 0);
+}
+
+void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
+                         const RangeArguments& range) {
+  require(batch >= 0 && in_height > 0 && in_width > 0 && channels > 0 && out_height > 0 && out_width > 0, "adaptive_average_pool2d: input [", batch,
+          ", ", in_height, ", ", in_width, ", ", channels, "], output (", out_height, ", ", out_width, "), want positive sizes");
+  check_range("average pool", range, 0);
+}
+
+void check_layer_shape(const Conv2dShape& s) {
+  require(s.groups > 0 && s.in_channels % s.groups == 0, "conv2d: groups ", s.groups, " does not divide in_channels ", s.in_channels);
+  check_window("conv2d", s);
+}
+
+void check_layer(const Conv2dShape& s, const LayerArguments& a) {
+  check_layer_shape(s);
+  require(a.activation == Activation::clamp || a.residual.q == nullptr, "conv2d: a curved activation cannot be fused behind a residual");
+  require(a.activation != Activation::clamp || a.activation_min <= a.activation_max, "conv2d: activation_min is above activation_max");
+  const int64_t wanted = a.strategy == Strategy::fixed              ? 2
+                         : a.strategy == Strategy::gaussian         ? kGaussianPredictorSize
+                         : law_per_output(s, a.strategy)            ? law_per_output_predictor_size(s.out_channels)
+                         : a.strategy == Strategy::channel          ? channel_predictor_size(s.in_channels)
+                         : a.strategy == Strategy::probe            ? kProbePredictorSize
+                                                                    : 0;
+  check_predictor("conv2d", a.strategy, a.predictor, a.predictor_size, wanted);
+  if (!has_law(a.strategy)) return;
+  require(s.batch == 0 || a.x.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy), " needs x.stats");
+  require(s.batch == 0 || a.residual.q == nullptr || a.residual.stats != nullptr, "conv2d: strategy ", static_cast<int64_t>(a.strategy),
+          " needs residual.stats");
+  if (a.strategy == Strategy::channel) {
+    require(s.batch == 0 || a.x.stats_stride == stats_columns(s.in_channels, true), "conv2d: strategy 6 needs x.stats with channel moments, ",
+            stats_columns(s.in_channels, true), " columns, got ", a.x.stats_stride);
+    return;
+  }
+  require(a.gamma >= 0, "conv2d: gamma ", a.gamma, ", want >= 0");
+  const double largest = 255.0 * static_cast<double>(field_weights(s));
+  require(largest * largest * static_cast<double>(s.out_height() * s.out_width() * s.groups) < 9.2e18,
+          "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
+}
+
+void check_weight(const WeightShape& s) {
+  require(s.out_channels > 0 && s.kernel_height > 0 && s.kernel_width > 0 && s.in_channels_per_group > 0 && s.groups > 0,
+          "weight: every size must be positive, got [", s.out_channels, ", ", s.kernel_height, ", ", s.kernel_width, ", ", s.in_channels_per_group,
+          "] with groups ", s.groups);
+  require(s.out_channels <= kMaxExtent, "weight: ", s.out_channels, " output channels, want at most ", kMaxExtent);
+  require(s.out_channels % s.groups == 0, "weight: out_channels ", s.out_channels, " is not a multiple of groups ", s.groups);
+  const double k = static_cast<double>(s.kernel_height) * static_cast<double>(s.kernel_width) * static_cast<double>(s.in_channels_per_group);
+  require(k < kMaxSum, "weight: ", static_cast<int64_t>(std::min(k, 9e18)), " weights per output overflow the int32 accumulator, want fewer than ", kMaxSum);
+}
+
+}  // namespace probquant
