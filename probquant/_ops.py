@@ -110,7 +110,8 @@ def _(q, sample_dims=1, channel_stats=False):
 def _(weight, weight_scale, bias=None, groups=1, output_profile=None):
     torch._check(weight.dim() in (2, 4), lambda: f"probquant: pack_weight: weight has shape {list(weight.shape)}, want 2 or 4 dimensions")
     kernel = tuple(weight.shape[1:3]) if weight.dim() == 4 else (1, 1)
-    return weight.new_empty([_native.packed_weight_bytes(weight.shape[0], *kernel, weight.shape[-1], groups)], dtype=torch.uint8)
+    cuda = weight.device.type == "cuda"  # has a layout of its own
+    return weight.new_empty([_native.packed_weight_bytes(weight.shape[0], *kernel, weight.shape[-1], groups, cuda)], dtype=torch.uint8)
 
 
 def _layer(x, x_scale, sizes, image, strategy, channel_stats):

@@ -158,6 +158,14 @@ class UnitTensors(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("packed_weight", ops.pack_weight(weight, weight_scale, bias, groups), persistent=False)
+        self.groups = groups
+
+    def _apply(self, fn, recurse=True):
+        device = self.weight.device
+        super()._apply(fn, recurse)
+        if self.weight.device != device:  # every kind of device has its own packed form
+            self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups)
+        return self
 
 
 # ----------------------------------------------------------------------------------------------------------------------

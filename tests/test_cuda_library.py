@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import probquant
+from probquant.model import UnitTensors
 
 SOURCE = Path(__file__).parent / "cpp" / "cuda_call.cpp"
 PACKAGE = Path(probquant.cmake_prefix_path).parents[1]
@@ -32,7 +33,7 @@ def answers(tmp_path_factory):
     return dict(line.split(": ", 1) for line in lines)
 
 
-@pytest.mark.parametrize("name", ["quantize", "dequantize", "moments"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "moments", "pack_weight", "conv2d"])
 def test_the_error_says_what_is_missing(answers, name):
     assert answers[name].startswith(f"probquant: {name}: ")
     if CUDA:
@@ -44,10 +45,12 @@ def test_the_error_says_what_is_missing(answers, name):
 @pytest.mark.skipif(not CUDA, reason="this probquant was built without CUDA kernels")
 def test_arguments_are_checked_before_the_device_is_asked(answers):
     assert answers["quantize_workspace_bytes"] == "ok"
+    assert answers["packed_weight_bytes"] == "ok"
+    assert answers["a missing predictor"] == "probquant: conv2d: predictor has 1 values, strategy 1 wants 2"
     assert answers["a wrong size"] == "probquant: moments: channels 2 does not divide the sample's 3 values"
 
 
-@pytest.mark.parametrize("op", ["quantize", "dequantize", "moments"])
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "moments", "pack_weight", "linear", "conv2d", "surrogate_law", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"])
 def test_registered_for_cuda_tensors(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"probquant::{op}", "CUDA")
 
@@ -62,3 +65,12 @@ def test_fake_cuda_tensors_trace():
         again = probquant.ops.moments(q, 1, True)
     assert {t.device.type for t in (q, scale, zero_point, stats, y, again)} == {"cuda"}
     assert (q.shape, q.dtype, stats.shape) == (x.shape, torch.uint8, again.shape)
+
+
+def test_a_layer_packs_its_weight_for_the_device_it_moves_to():
+    weight, scale = torch.ones(8, 3, 3, 4, dtype=torch.int8), torch.ones(8)
+    unit = UnitTensors(weight, scale, None, 1)
+    before = unit.packed_weight
+    assert unit.to("cpu").packed_weight is before
+    unit.packed_weight = before[:5]  # bytes of another layout would have another size
+    assert unit.to("meta").packed_weight.shape == before.shape

@@ -98,6 +98,83 @@ def test_moments(shape, channel_stats):
     assert_same_bytes(ops.moments(q, 1, channel_stats), ops.moments(q.cuda(), 1, channel_stats))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+GEOMETRIES = [  # batch, height, width, in, out, kernel, stride, padding, dilation, groups
+    (1, 224, 224, 3, 64, 7, 2, 3, 1, 1),
+    (2, 56, 56, 64, 64, 3, 1, 1, 1, 1),
+    (8, 28, 28, 128, 512, 1, 1, 0, 1, 1),
+    (3, 7, 7, 512, 2048, 1, 1, 0, 1, 1),
+    (1, 7, 7, 512, 512, 3, 1, 1, 1, 1),
+    (4, 13, 9, 48, 33, 3, 2, 1, 2, 1),
+    (2, 14, 14, 64, 128, 3, 1, 1, 1, 4),
+    (2, 56, 56, 144, 144, 3, 1, 1, 1, 144),
+    (3, 11, 7, 5, 10, 5, 2, 2, 1, 5),
+]
+STRATEGIES = ["NONE", "FIXED", "DYNAMIC", "GAUSSIAN", "GAUSSIAN_CHANNEL", "PROBE", "CHANNEL"]
+
+
+def random_codes(rng, shape):
+    q = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    scale = torch.rand(shape[0], generator=rng) * 0.1 + 0.01
+    return (q, scale, torch.randint(0, 256, shape[:1], generator=rng, dtype=torch.int32), ops.moments(q, 1, True))
+
+
+def predictor_of(strategy, rng, inputs, outputs, groups, taps):
+    per_output = strategy == "GAUSSIAN_CHANNEL" or (strategy == "CHANNEL" and 1 < groups == inputs)
+    laws = {"FIXED": 2, "PROBE": 2, "GAUSSIAN": 7, "CHANNEL": 7 + 2 * inputs}
+    values = 3 + 3 * outputs if per_output else laws.get(strategy)
+    return None if values is None else torch.rand(values, generator=rng) / taps + 0.01
+
+
+def on_cuda(arguments):
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_conv2d(geometry, strategy):
+    batch, height, width, inputs, outputs, kernel, stride, padding, dilation, groups = geometry
+    rng = torch.Generator().manual_seed(sum(geometry))
+    x = random_codes(rng, (batch, inputs, height, width))
+    weight = torch.randint(-127, 128, (outputs, kernel, kernel, inputs // groups), generator=rng, dtype=torch.int8)
+    constants = (weight, torch.rand(outputs, generator=rng) * 1e-3, torch.randn(outputs, generator=rng), groups)
+    sizes = (outputs, [kernel, kernel], [stride, stride], [padding, padding], [dilation, dilation], groups)
+    extent = [(size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in (height, width)]
+    residual = random_codes(rng, (batch, outputs, *extent))
+    predictor = predictor_of(strategy, rng, inputs, outputs, groups, kernel * kernel * inputs // groups)
+    for activation, bounds, shortcut in ((0, (0.0, 6.0), residual), (2, (None, None), [None] * 4)):
+        arguments = (*shortcut, activation, *bounds, int(probquant.Strategy[strategy]), predictor, 2, True)
+        wanted = ops.conv2d(*x, ops.pack_weight(*constants), *sizes, *arguments)
+        got = ops.conv2d(*on_cuda(x), ops.pack_weight(*on_cuda(constants)), *sizes, *on_cuda(arguments))
+        assert_same_bytes(wanted, got)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape, outputs", [((1, 2048), 1000), ((4, 197, 768), 3072), ((197, 768), 2304), ((3, 5, 33), 17)])
+def test_linear(shape, outputs, strategy):
+    rng = torch.Generator().manual_seed(outputs)
+    q = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    x = (q, torch.rand(shape[0], generator=rng) * 0.1, torch.randint(0, 256, shape[:1], generator=rng, dtype=torch.int32), ops.moments(q, 1, True))
+    constants = (torch.randint(-127, 128, (outputs, shape[-1]), generator=rng, dtype=torch.int8), torch.rand(outputs, generator=rng) * 1e-3)
+    predictor = predictor_of(strategy, rng, shape[-1], outputs, 1, shape[-1])
+    arguments = (*[None] * 4, 2, None, None, int(probquant.Strategy[strategy]), predictor, 1, False)
+    wanted = ops.linear(*x, ops.pack_weight(*constants), outputs, *arguments)
+    assert_same_bytes(wanted, ops.linear(*on_cuda(x), ops.pack_weight(*on_cuda(constants)), outputs, *on_cuda(arguments)))
+
+
+@pytest.mark.parametrize("strategy", ["FIXED", "DYNAMIC", "GAUSSIAN"])
+@pytest.mark.parametrize("shape", [(2, 64, 112, 112), (3, 17, 9, 7)])
+def test_pools(shape, strategy):
+    rng = torch.Generator().manual_seed(3)
+    x = random_codes(rng, shape)[:3]
+    range_ = int(probquant.Strategy[strategy]), torch.tensor([0.02, 100.0]) if strategy == "FIXED" else None, True
+    assert_same_bytes(ops.max_pool2d(*x, [3], [2], [1], [1], True), ops.max_pool2d(*on_cuda(x), [3], [2], [1], [1], True))
+    assert_same_bytes(ops.avg_pool2d(*x, [3], [2], [1], False, *range_), ops.avg_pool2d(*on_cuda(x), [3], [2], [1], False, *on_cuda(range_)))
+    assert_same_bytes(ops.adaptive_avg_pool2d(*x, [1], *range_), ops.adaptive_avg_pool2d(*on_cuda(x), [1], *on_cuda(range_)))
+
+
 def test_runs_on_the_current_stream():
     x = noise((8, 64, 56, 56), torch.float32)
     wanted = ops.quantize(x)

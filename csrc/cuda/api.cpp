@@ -1,4 +1,5 @@
-// The public functions of cuda.h: checks, partition, launches. Host code only; the checks are those of the CPU front ends.
+// The public functions of cuda.h but for the layers: checks, partition, launches. Host code only; the checks are those of the CPU
+// front ends.
 #include <probquant/cuda.h>
 
 #include "../core/front_end.h"
@@ -27,6 +28,20 @@ Partition quantize_partition(const FloatView& x) {
   return checked_partition("quantize", x.size[0], x.size[1] * x.size[2], x.size[3]);
 }
 
+void clear_stats(const char* op, const Partition& p, const QuantizedOutput& y, void* stream) {
+  clear(op, y.stats, p.samples * stats_columns(p.channels, y.channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+}
+
+void average_pool(const char* op, int64_t batch, int64_t channels, const AverageWindows& windows, const QuantizedInput& x, const RangeArguments& range,
+                  const QuantizedOutput& y, void* workspace, void* stream) {
+  const Partition p = checked_partition(op, batch, windows.out_height * windows.out_width, channels);
+  if (batch == 0) return;
+  const bool fixed = range.strategy == Strategy::fixed;
+  require(fixed || workspace != nullptr, op, ": without given parameters a workspace is needed");
+  clear_stats(op, p, y, stream);
+  launch_average_pool(p, windows, x, fixed ? range.predictor : nullptr, static_cast<Range*>(workspace), y, stream);
+}
+
 }  // namespace
 
 int64_t quantize_workspace_bytes(const FloatView& x, bool parameters_given) {
@@ -41,7 +56,7 @@ void quantize(const FloatView& x, const float* scale, const int32_t* zero_point,
   require(scale != nullptr || workspace != nullptr, "quantize: without given parameters a workspace is needed");
   const FloatSource source{x.data, x.dtype, x.size[2], {x.stride[0], x.stride[1], x.stride[2], x.stride[3]}};
   auto* partials = static_cast<Range*>(workspace);
-  clear("quantize", y.stats, p.samples * stats_columns(p.channels, y.channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
+  clear_stats("quantize", p, y, stream);
   if (!scale) launch_range(p, source, partials, stream);
   launch_quantize(p, source, partials, scale, zero_point, y, stream);
 }
@@ -59,6 +74,28 @@ void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels,
   clear("moments", stats, samples * stats_columns(channels, channel_stats) * static_cast<int64_t>(sizeof(int64_t)), stream);
   if (samples == 0 || count == 0) return;
   launch_moments(checked_partition("moments", samples, count / channels, channels), q, channel_stats, stats, stream);
+}
+
+int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy) {
+  const Partition p = checked_partition("pool", batch, out_height * out_width, channels);
+  return strategy == Strategy::fixed ? 0 : p.blocks() * static_cast<int64_t>(sizeof(Range));
+}
+
+void pool2d(Pool kind, const Conv2dShape& s, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
+            void* workspace, void* stream) {
+  check_pool(kind, s, range);
+  if (kind == Pool::average) return average_pool("pool2d", s.batch, s.in_channels, average_windows(s, count_include_pad), x, range, y, workspace, stream);
+  const Partition p = checked_partition("pool2d", s.batch, s.out_height() * s.out_width(), s.in_channels);
+  if (s.batch == 0) return;
+  clear_stats("pool2d", p, y, stream);
+  launch_max_pool(p, {s.in_height, s.in_width, s.out_width(), s.kernel_height, s.kernel_width, s.stride_height, s.stride_width, s.padding_top, s.padding_left,
+                      s.dilation_height, s.dilation_width}, x, y, stream);
+}
+
+void adaptive_average_pool2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
+                             const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream) {
+  check_adaptive_pool(batch, in_height, in_width, channels, out_height, out_width, range);
+  average_pool("adaptive_average_pool2d", batch, channels, adaptive_windows(in_height, in_width, out_height, out_width), x, range, y, workspace, stream);
 }
 
 }  // namespace probquant::cuda

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <DType dtype>
 void launch_as(const Partition& p, const QuantizedInput& x, void* y, void* stream) {
-  launch("dequantize", dequantize_kernel<dtype>, p.blocks(), p.threads, stream, p, x.q, x.scale, x.zero_point,
+  launch("dequantize", dequantize_kernel<dtype>, {p.blocks(), p.threads}, stream, p, x.q, x.scale, x.zero_point,
          static_cast<typename Element<dtype>::Storage*>(y));
 }
 

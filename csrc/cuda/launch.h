@@ -1,8 +1,13 @@
-// What api.cpp asks of the kernel files: checked problems in, kernels enqueued. No CUDA header. Every pointer is a device
-// pointer, `stream` a cudaStream_t.
+// What the public functions (api.cpp, layer_api.cpp) ask of the kernel files: checked problems in, kernels enqueued. No CUDA header.
+// Every pointer is a device pointer, `stream` a cudaStream_t.
 #pragma once
 #include <probquant/ops.h>
 
+#include "../core/probe.h"
+#include "../core/surrogate.h"
+#include "../core/windows.h"
+#include "heuristics.h"
+#include "packed_weight.h"
 #include "partition.h"
 
 namespace probquant::cuda {
@@ -33,6 +38,71 @@ void launch_dequantize(const Partition& partition, const QuantizedInput& x, DTyp
 
 /// moments.cu: adds to stats.
 void launch_moments(const Partition& partition, const uint8_t* q, bool channel_stats, int64_t* stats, void* stream);
+
+/// pack.cu: writes every byte of the packed weight.
+void launch_pack(const PackedLayout& layout, const int8_t* weight, const float* weight_scale, const float* bias, const float* output_profile,
+                 uint8_t* packed, void* stream);
+
+/// What a layer kernel makes of its values: y's codes with their stats (scale and zero point must be there already), y_float, or
+/// nothing but the range of each sample, in the workspace.
+enum class LayerOutput : int32_t { codes, floats, range };
+
+/// A range that grows by atomicMax on unsigned integers: keys in the order of the floats, above 0. Both 0: no values yet.
+struct RangeKeys {
+  uint32_t minus_lo, hi;
+};
+
+/// Output positions of a sample that a layer kernel visits: all, or those of the probe where it looks for a range.
+inline int64_t visited_rows(const Conv2dShape& s, Strategy strategy, LayerOutput output) {
+  const int64_t rows = s.out_height() * s.out_width();
+  return strategy == Strategy::probe && output == LayerOutput::range ? probe_segments(rows) * probe_segment_rows(rows) : rows;
+}
+
+/// dense.cu: a layer with a weight that is not depthwise, with this tile of heuristics.h. LayerOutput::range widens the workspace's
+/// RangeKeys [batch].
+void launch_dense(const Conv2dShape& shape, const LayerArguments& arguments, LayerOutput output, DenseTile tile, void* stream);
+
+/// depthwise.cu: the same, with a depthwise weight.
+void launch_depthwise(const Conv2dShape& shape, const LayerArguments& arguments, LayerOutput output, void* stream);
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
+
+/// Output positions that a prediction samples, and how warps share them out.
+struct PatchGrid {
+  int64_t gamma, columns, fields;  ///< sampled fields of a group, and per output row
+  int64_t parts, per_warp;         ///< blocks per sample, fields per warp
+};
+
+/// patch_sums.cu: adds to sums [batch], or [batch][groups] with `per_group`; all but their counts.
+void launch_patch_sums(const Conv2dShape& shape, int64_t gamma, const QuantizedInput& x, bool per_group, PatchSums* sums, void* stream);
+
+/// Sizes that a prediction needs.
+struct PredictProblem {
+  int64_t positions, in_channels, count;  ///< of an input sample: pixels, and pixels times channels
+  int64_t out_channels, out_count, laws;
+  int64_t groups, group_channels;         ///< output channels per group
+  int64_t taps, field_weights, fields;    ///< of a kernel; weights per output; sampled fields of a group
+  bool one_field, sums_per_group, probes_whole;
+  const ProfileSpan* profile;             ///< of the packed weight
+};
+
+/// predict.cu: y.scale, y.zero_point and the beginning of y.stats. The workspace holds RangeKeys [batch] (dynamic, probe) or patch
+/// sums.
+void launch_predict(const PredictProblem& problem, const LayerArguments& arguments, int64_t samples, void* stream);
+/// The laws themselves: as probquant::surrogate_law.
+void launch_law(const PredictProblem& problem, const LayerArguments& arguments, int64_t samples, float* law, void* stream);
+
+/// Geometry of a max pool, in pixels.
+struct MaxPool {
+  int64_t in_height, in_width, out_width;
+  int64_t kernel_height, kernel_width, stride_height, stride_width, padding_top, padding_left, dilation_height, dilation_width;
+};
+
+/// pool.cu: the partition is that of the output; stats must be zero. An average takes y's parameters from `predictor` [scale, zero_point]
+/// or, where that is null, from the exact range, through one Range per block in `partials`.
+void launch_max_pool(const Partition& partition, const MaxPool& pool, const QuantizedInput& x, const QuantizedOutput& y, void* stream);
+void launch_average_pool(const Partition& partition, const AverageWindows& windows, const QuantizedInput& x, const float* predictor, Range* partials,
+                         const QuantizedOutput& y, void* stream);
 
 /// runtime.cpp: fills with zero bytes, on the stream; `op` names the caller in errors.
 void clear(const char* op, void* data, int64_t bytes, void* stream);

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 
 void launch_moments(const Partition& p, const uint8_t* q, bool channel_stats, int64_t* stats, void* stream) {
-  launch("moments", moments_kernel, p.blocks(), p.threads, stream, p, q, channel_stats, stats, stats_columns(p.channels, channel_stats));
+  launch("moments", moments_kernel, {p.blocks(), p.threads}, stream, p, q, channel_stats, stats, stats_columns(p.channels, channel_stats));
 }
 
 }  // namespace probquant::cuda

@@ -14,5 +14,16 @@ int64_t quantize_workspace_bytes(const FloatView&, bool) { refuse("quantize"); }
 void quantize(const FloatView&, const float*, const int32_t*, const QuantizedOutput&, void*, void*) { refuse("quantize"); }
 void dequantize(const QuantizedInput&, int64_t, int64_t, DType, void*, void*) { refuse("dequantize"); }
 void moments(const uint8_t*, int64_t, int64_t, int64_t, bool, int64_t*, void*) { refuse("moments"); }
+int64_t packed_weight_bytes(const WeightShape&) { refuse("pack_weight"); }
+void pack_weight(const WeightShape&, const int8_t*, const float*, const float*, const float*, uint8_t*, void*) { refuse("pack_weight"); }
+int64_t conv2d_workspace_bytes(const Conv2dShape&, Strategy, int64_t) { refuse("conv2d"); }
+void conv2d(const Conv2dShape&, const LayerArguments&, void*) { refuse("conv2d"); }
+void surrogate_law(const Conv2dShape&, const LayerArguments&, float*, void*) { refuse("surrogate_law"); }
+int64_t pool_workspace_bytes(int64_t, int64_t, int64_t, int64_t, Strategy) { refuse("pool2d"); }
+void pool2d(Pool, const Conv2dShape&, bool, const QuantizedInput&, const RangeArguments&, const QuantizedOutput&, void*, void*) { refuse("pool2d"); }
+void adaptive_average_pool2d(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const QuantizedInput&, const RangeArguments&, const QuantizedOutput&,
+                             void*, void*) {
+  refuse("adaptive_average_pool2d");
+}
 
 }  // namespace probquant::cuda

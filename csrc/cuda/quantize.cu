@@ -15,25 +15,17 @@ namespace {
 template <DType dtype>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_kernel(const Partition p, const FloatSteps x, const Range* partials, const float* scale, const int32_t* zero_point,
-                    const QuantizedOutput y, const int64_t columns) {
+                    const QuantizedOutput y) {
   const Place place(p);
   QParams qparams;
   if (scale != nullptr) {
     qparams = {*scale, clamp_zero_point(*zero_point)};
   } else {
-    const Range* of_sample = partials + place.sample * p.blocks_per_sample();
-    Range r{0.0f, 0.0f};
-    for (int64_t i = threadIdx.x; i < p.blocks_per_sample(); i += blockDim.x) r = join(r, of_sample[i]);
-    r = block_range(r);
+    const Range r = sample_range(p, place, partials);
     qparams = qparams_from_range(r.lo, r.hi);
   }
   const bool valid = valid_scale(qparams.scale);
-  int64_t* stats_row = y.stats + place.sample * columns;
-  if (place.first_block && threadIdx.x == 0) {
-    y.scale[place.sample] = valid ? qparams.scale : kNan;
-    y.zero_point[place.sample] = valid ? qparams.zero_point : 0;
-    if (!valid) stats_row[kStatsClipped] = -1;  // no block of the sample adds to it
-  }
+  start_output(p, place, y, valid, qparams.scale, qparams.zero_point);
   uint8_t* q = y.q + place.sample * p.positions * p.channels + place.channel;
   if (!valid) {
     for (int64_t position = place.position; position < place.end; position += p.position_lanes) q[position * p.channels] = 0;
@@ -47,7 +39,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     moments.add(code.q);
     moments.clipped += code.clipped;
   });
-  add_to_stats(p, place, moments, y.channel_stats, stats_row);
+  add_to_stats(p, place, moments, y.channel_stats, stats_row(y, place.sample, p.channels));
 }
 
 }  // namespace
@@ -57,8 +49,7 @@ void launch_quantize(const Partition& p, const FloatSource& x, const Range* part
   const auto kernel = x.dtype == DType::float16    ? quantize_kernel<DType::float16>
                       : x.dtype == DType::bfloat16 ? quantize_kernel<DType::bfloat16>
                                                    : quantize_kernel<DType::float32>;
-  launch("quantize", kernel, p.blocks(), p.threads, stream, p, FloatSteps(p, x), partials, scale, zero_point, y,
-         stats_columns(p.channels, y.channel_stats));
+  launch("quantize", kernel, {p.blocks(), p.threads}, stream, p, FloatSteps(p, x), partials, scale, zero_point, y);
 }
 
 }  // namespace probquant::cuda

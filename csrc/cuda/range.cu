@@ -26,7 +26,7 @@ void launch_range(const Partition& p, const FloatSource& x, Range* partials, voi
   const auto kernel = x.dtype == DType::float16    ? range_kernel<DType::float16>
                       : x.dtype == DType::bfloat16 ? range_kernel<DType::bfloat16>
                                                    : range_kernel<DType::float32>;
-  launch("quantize", kernel, p.blocks(), p.threads, stream, p, FloatSteps(p, x), partials);
+  launch("quantize", kernel, {p.blocks(), p.threads}, stream, p, FloatSteps(p, x), partials);
 }
 
 }  // namespace probquant::cuda

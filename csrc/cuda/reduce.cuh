@@ -27,6 +27,34 @@ __device__ inline Range block_range(Range r) {
   return r;
 }
 
+/// Of a float that is not NaN, and back. Key 0 gives a NaN.
+__device__ inline uint32_t range_key(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float key_value(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+/// Join of what all blocks of the block's sample found, in every thread. Once per kernel.
+__device__ inline Range sample_range(const Partition& p, const Place& place, const Range* partials) {
+  const Range* of_sample = partials + place.sample * p.blocks_per_sample();
+  Range r{kInfinity, -kInfinity};
+  for (int64_t i = threadIdx.x; i < p.blocks_per_sample(); i += blockDim.x) r = join(r, of_sample[i]);
+  return block_range(r);
+}
+
+/// A sample's row of stats: as stats_columns of types.h, which is host code.
+__device__ inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t channels) {
+  return y.stats + sample * (kStatsSample + (y.channel_stats ? 2 * channels : 0));
+}
+
+/// The sample's first block writes its parameters and marks an invalid sample, to whose stats no block may add.
+__device__ inline void start_output(const Partition& p, const Place& place, const QuantizedOutput& y, bool valid, float scale, int32_t zero_point) {
+  if (!place.first_block || threadIdx.x != 0) return;
+  y.scale[place.sample] = valid ? scale : kNan;
+  y.zero_point[place.sample] = valid ? zero_point : 0;
+  if (!valid) stats_row(y, place.sample, p.channels)[kStatsClipped] = -1;
+}
+
 /// Moments of the codes one thread has seen, all of one channel, at most kMaxPerThread of them.
 struct Moments {
   uint32_t sum = 0, squares = 0, clipped = 0;

@@ -14,12 +14,20 @@ inline void check(const char* what, cudaError_t error) {
   if (error != cudaSuccess) throw_cuda_error(what, error);
 }
 
-/// Enqueues one kernel on a one-dimensional grid.
+/// A one-dimensional grid; shared_bytes is the dynamic shared memory, of which every device has 48 KiB without being asked.
+struct LaunchSize {
+  int64_t blocks;
+  int threads;
+  int shared_bytes = 0;
+};
+
+/// Enqueues one kernel; `name` stands in errors.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchSize& size, void* stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(size.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(size.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(size.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
 }

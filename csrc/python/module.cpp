@@ -1,4 +1,5 @@
 // Owns the Python module probquant._native: what needs no tensor. Ops on tensors are in csrc/torch.
+#include <probquant/cuda.h>
 #include <probquant/info.h>
 #include <probquant/ops.h>
 #include <pybind11/pybind11.h>
@@ -42,11 +43,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("cpu_info", &cpu_info, "This processor's features, and the kernel family that is used.");
   module.def(
       "packed_weight_bytes",
-      [](int64_t out_channels, int64_t kernel_height, int64_t kernel_width, int64_t in_channels_per_group, int64_t groups) {
-        return probquant::packed_weight_bytes({out_channels, kernel_height, kernel_width, in_channels_per_group, groups});
+      [](int64_t out_channels, int64_t kernel_height, int64_t kernel_width, int64_t in_channels_per_group, int64_t groups, bool cuda) {
+        const probquant::WeightShape shape{out_channels, kernel_height, kernel_width, in_channels_per_group, groups};
+        return cuda ? probquant::cuda::packed_weight_bytes(shape) : probquant::packed_weight_bytes(shape);
       },
       py::arg("out_channels"), py::arg("kernel_height"), py::arg("kernel_width"), py::arg("in_channels_per_group"), py::arg("groups"),
-      "Bytes that torch.ops.probquant.pack_weight returns for a weight of these sizes.");
+      py::arg("cuda") = false, "Bytes that torch.ops.probquant.pack_weight returns for a weight of these sizes, on the CPU or on CUDA.");
   module.def("probe_rows", &probquant::probe_rows, py::arg("rows"),
              "Output positions [(begin, end), ...] of a sample that the probe strategy computes first, out of `rows`.");
 }

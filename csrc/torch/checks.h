@@ -59,14 +59,22 @@ struct Argument {
   const char* suffix = "";
 };
 
-inline void check_device_and_dtype(Argument a, const Tensor& t, int32_t device_type, int32_t dtype) {
-  require(t.device_type() == device_type, a.op, ": ", a.name, a.suffix, " is on another device than the op's first argument");
+/// Where a tensor lies. All tensors of an op lie on one device.
+struct Device {
+  int32_t type, index;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+inline Device device_of(const Tensor& t) { return {t.device_type(), t.device_index()}; }
+
+inline void check_device_and_dtype(Argument a, const Tensor& t, Device device, int32_t dtype) {
+  require(device_of(t) == device, a.op, ": ", a.name, a.suffix, " is on another device than the op's first argument");
   require(t.dtype() == dtype, a.op, ": ", a.name, a.suffix, " has dtype ", dtype_name(t.dtype()), ", want ", dtype_name(dtype));
 }
 
 /// A dense tensor of one shape.
-inline void check_dense(Argument a, const Tensor& t, int32_t device_type, int32_t dtype, IntView sizes) {
-  check_device_and_dtype(a, t, device_type, dtype);
+inline void check_dense(Argument a, const Tensor& t, Device device, int32_t dtype, IntView sizes) {
+  check_device_and_dtype(a, t, device, dtype);
   require(same(t.sizes(), sizes), a.op, ": ", a.name, a.suffix, " has shape ", text(t.sizes()), ", want ", text(sizes));
   require(t.is_contiguous(), a.op, ": ", a.name, a.suffix, " must be contiguous, has strides ", text(t.strides()));
 }

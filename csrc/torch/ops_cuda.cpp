@@ -2,21 +2,46 @@
 // case: without CUDA kernels a call says so.
 #include <probquant/cuda.h>
 
-#include "quantize_arguments.h"
+#include "layer_ops.h"
+#include "pool_ops.h"
 
 namespace probquant::ops {
 namespace {
 
-/// Every tensor of an op lies on the device of its first one; the checks of the arguments compare device types only.
-void check_same_device(Argument a, const Tensor& t, const Tensor& first) {
-  require(t.device_index() == first.device_index(), a.op, ": ", a.name, " is on CUDA device ", t.device_index(), ", the op's first argument on ",
-          first.device_index());
-}
+/// CUDA's layers and pools (layer_ops.h, pool_ops.h).
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& first) : guard_(first.device_index()), stream_(stable::current_cuda_stream(first.device_index())) {}
+  static int64_t packed_weight_bytes(const WeightShape& shape) { return cuda::packed_weight_bytes(shape); }
+  static int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma) {
+    return cuda::conv2d_workspace_bytes(shape, strategy, gamma);
+  }
+  template <class... Arguments>
+  void pack_weight(const Arguments&... arguments) const {
+    cuda::pack_weight(arguments..., stream_);
+  }
+  void conv2d(const Conv2dShape& shape, const LayerArguments& a) const { cuda::conv2d(shape, a, stream_); }
+  void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law) const { cuda::surrogate_law(shape, a, law, stream_); }
+  static int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy) {
+    return cuda::pool_workspace_bytes(batch, out_height, out_width, channels, strategy);
+  }
+  template <class... Arguments>
+  void pool2d(const Arguments&... arguments) const {
+    cuda::pool2d(arguments..., stream_);
+  }
+  template <class... Arguments>
+  void adaptive_average_pool2d(const Arguments&... arguments) const {
+    cuda::adaptive_average_pool2d(arguments..., stream_);
+  }
+
+ private:
+  stable::DeviceGuard guard_;
+  void* stream_;
+};
 
 Quantized quantize(const Tensor& x, int64_t sample_dims, const OptionalTensor& scale, const OptionalTensor& zero_point, bool channel_stats) {
   const stable::DeviceGuard guard(x.device_index());
   QuantizeArguments a = quantize_arguments(x, sample_dims, scale, zero_point, channel_stats);
-  if (scale) check_same_device({"quantize", "scale"}, *scale, x), check_same_device({"quantize", "zero_point"}, *zero_point, x);
   const Tensor workspace = stable::empty({cuda::quantize_workspace_bytes(a.x, a.scale != nullptr)}, codes().uint8, x);
   cuda::quantize(a.x, a.scale, a.zero_point, a.y.pointers, workspace.data(), stable::current_cuda_stream(x.device_index()));
   return a.y.release();
@@ -25,7 +50,6 @@ Quantized quantize(const Tensor& x, int64_t sample_dims, const OptionalTensor& s
 Tensor dequantize(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_point, std::optional<int32_t> dtype) {
   const stable::DeviceGuard guard(x.device_index());
   DequantizeArguments a = dequantize_arguments(x, x_scale, x_zero_point, dtype);
-  check_same_device({"dequantize", "x_scale"}, x_scale, x), check_same_device({"dequantize", "x_zero_point"}, x_zero_point, x);
   cuda::dequantize(a.x, a.samples, a.count, a.dtype, a.y.data(), stable::current_cuda_stream(x.device_index()));
   return std::move(a.y);
 }
@@ -42,6 +66,13 @@ const stable::RegisterAtLoad register_at_load{[] {
   library.implement<&quantize>("quantize");
   library.implement<&dequantize>("dequantize");
   library.implement<&moments>("moments");
+  library.implement<&pack_weight<Cuda>>("pack_weight");
+  library.implement<&linear<Cuda>>("linear");
+  library.implement<&conv2d<Cuda>>("conv2d");
+  library.implement<&surrogate_law<Cuda>>("surrogate_law");
+  library.implement<&max_pool2d<Cuda>>("max_pool2d");
+  library.implement<&avg_pool2d<Cuda>>("avg_pool2d");
+  library.implement<&adaptive_avg_pool2d<Cuda>>("adaptive_avg_pool2d");
 }};
 
 }  // namespace

@@ -20,7 +20,7 @@ struct Geometry {
 
 /// Checks a code tensor with its parameters and returns its geometry. Rank 4 with a one-dimensional scale is an image.
 inline Geometry check_quantized(const char* op, const char* name, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
-  const int32_t device = q.device_type();
+  const Device device = device_of(q);
   check_device_and_dtype({op, name}, q, device, codes().uint8);
   const IntView sizes = q.sizes(), leading = scale.sizes();
   require(sizes.size() >= 2, op, ": ", name, " has shape ", text(sizes), ", want at least two dimensions");
@@ -96,8 +96,8 @@ inline QuantizeArguments quantize_arguments(const Tensor& x, int64_t sample_dims
   require(static_cast<int32_t>(view.dtype) >= 0, op, ": x has dtype ", dtype_name(x.dtype()), ", want float32, float16 or bfloat16");
   require(scale.has_value() == zero_point.has_value(), op, ": scale and zero_point are given together");
   if (scale) {
-    check_dense({op, "scale"}, *scale, x.device_type(), codes().float32, {1});
-    check_dense({op, "zero_point"}, *zero_point, x.device_type(), codes().int32, {1});
+    check_dense({op, "scale"}, *scale, device_of(x), codes().float32, {1});
+    check_dense({op, "zero_point"}, *zero_point, device_of(x), codes().int32, {1});
   }
   const bool image = rank == 4 && sample_dims == 1;
   if (image) {
@@ -148,7 +148,7 @@ struct MomentsArguments {
 
 inline MomentsArguments moments_arguments(const Tensor& q, int64_t sample_dims, bool channel_stats) {
   const char* op = "moments";
-  check_device_and_dtype({op, "q"}, q, q.device_type(), codes().uint8);
+  check_device_and_dtype({op, "q"}, q, device_of(q), codes().uint8);
   const IntView sizes = q.sizes();
   const auto rank = static_cast<int64_t>(sizes.size());
   require(rank >= 2, op, ": q has shape ", text(sizes), ", want at least two dimensions");

@@ -36,5 +36,19 @@ int main() {
   report("quantize", [&] { probquant::cuda::quantize(x, nullptr, nullptr, y, workspace, nullptr); });
   report("dequantize", [&] { probquant::cuda::dequantize(codes, 1, 2, probquant::DType::float32, values, nullptr); });
   report("moments", [&] { probquant::cuda::moments(q, 1, 2, 2, false, stats, nullptr); });
+  const probquant::Conv2dShape layer = probquant::linear_shape(1, 1, 2, 1);
+  const int8_t weight[2] = {1, 2};
+  alignas(64) uint8_t packed[1 << 16] = {};
+  probquant::LayerArguments arguments;
+  const float predictor[2] = {1, 0};
+  arguments.x = codes, arguments.x.stats = stats, arguments.packed_weight = packed, arguments.y = y;
+  arguments.strategy = probquant::Strategy::fixed, arguments.predictor = predictor, arguments.predictor_size = 2;
+  report("packed_weight_bytes", [&] { probquant::cuda::packed_weight_bytes(probquant::weight_shape(layer)); });
+  report("pack_weight", [&] { probquant::cuda::pack_weight(probquant::weight_shape(layer), weight, values, nullptr, nullptr, packed, nullptr); });
+  report("conv2d", [&] { probquant::cuda::conv2d(layer, arguments, nullptr); });
+  report("a missing predictor", [&] {
+    arguments.predictor_size = 1;
+    probquant::cuda::conv2d(layer, arguments, nullptr);
+  });
   report("a wrong size", [&] { probquant::cuda::moments(q, 1, 3, 2, false, stats, nullptr); });
 }

@@ -2,70 +2,23 @@
 // dequantize and moments, over odd shapes, layouts, dtypes and special values.
 //
 //   kernels_test [forward|backward|random] [seed]        exit status 0 if all is equal
-#include <cuda_runtime.h>
 #include <probquant/cuda.h>
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <string>
-#include <vector>
-
+#include "buffers.h"
 #include "core/float_formats.h"
 #include "core/numerics.h"
 #include "cuda/launch.h"
-#include "fibers.h"
 
 namespace {
 
 using namespace probquant;
 
-int cases = 0, failures = 0;
+using cuda_on_cpu::Buffer;
+using cuda_on_cpu::fail;
+using cuda_on_cpu::random_bits;
+using cuda_on_cpu::random_float;
 
-void fail(const std::string& what) {
-  if (++failures <= 20) std::printf("failed: %s\n", what.c_str());
-}
-
-/// Device memory of exactly `bytes` bytes, which the host can use, too; filled with garbage, so that a value nobody wrote differs
-/// between two runs.
-class Buffer {
- public:
-  Buffer(int64_t bytes, uint8_t garbage) : bytes_(static_cast<size_t>(bytes)) {
-    void* data = nullptr;
-    if (cudaMalloc(&data, bytes_) != cudaSuccess) throw std::bad_alloc();
-    data_.reset(static_cast<uint8_t*>(data));
-    std::memset(data, garbage, bytes_);
-  }
-  /// A copy; null of null.
-  template <class T>
-  Buffer(const T* values, int64_t count) : Buffer(values ? count * static_cast<int64_t>(sizeof(T)) : 0, uint8_t{0}) {
-    if (values) {
-      std::memcpy(data_.get(), values, bytes_);
-    } else {
-      data_.reset();
-    }
-  }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_.get());
-  }
-  bool same(const Buffer& other) const { return bytes_ == 0 || std::memcmp(as<char>(), other.as<char>(), bytes_) == 0; }
-
- private:
-  struct Free {
-    void operator()(uint8_t* data) const { cudaFree(data); }
-  };
-  size_t bytes_;
-  std::unique_ptr<uint8_t, Free> data_;
-};
-
-uint32_t random_bits() {
-  static uint64_t state = 1;
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<uint32_t>(state >> 32);
-}
-float random_float() { return static_cast<float>(static_cast<int32_t>(random_bits())) / 1e9f; }
+int cases = 0;
 
 const char* name(DType dtype) { return dtype == DType::float32 ? "float32" : dtype == DType::float16 ? "float16" : "bfloat16"; }
 int64_t element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
@@ -199,12 +152,7 @@ const Shape kShapes[] = {{1, 1, 1, 1},   {2, 7, 5, 3},   {0, 3, 3, 3},  {3, 4, 4
 }  // namespace
 
 int main(int argument_count, char** arguments) try {
-  const std::string order = argument_count > 1 ? arguments[1] : "forward";
-  cuda_on_cpu::options().order = order == "random"     ? cuda_on_cpu::Order::random
-                                 : order == "backward" ? cuda_on_cpu::Order::backward
-                                                       : cuda_on_cpu::Order::forward;
-  if (argument_count > 2) cuda_on_cpu::options().seed = static_cast<uint64_t>(std::atoll(arguments[2]));
-
+  cuda_on_cpu::set_order(argument_count, arguments);
   const DType dtypes[] = {DType::float32, DType::float16, DType::bfloat16};
   const Layout layouts[] = {Layout::nhwc, Layout::nchw, Layout::crop, Layout::mirrored};
   int turn = 0;
@@ -232,7 +180,7 @@ int main(int argument_count, char** arguments) try {
       }
   for (const DType dtype : dtypes)
     for (const int64_t count : {0, 1, 255, 256, 1027, 5000}) test_dequantize(9, count, dtype);
-  if (order == "forward")  // more tiles than kMaxBlocksPerSample: half of all threads here, so once is enough
+  if (cuda_on_cpu::options().order == cuda_on_cpu::Order::forward)  // more tiles than kMaxBlocksPerSample: half of all threads here, so once is enough
     test_quantize({1, 1, 1, 300007}, DType::float32, Layout::nhwc, Values::usual, true, nullptr, nullptr);
   for (int i = 0; i < 20000; ++i) {
     const auto size = [] { return static_cast<int64_t>(random_bits() % 4 ? random_bits() % 600 : random_bits() % 3000000); };
@@ -240,10 +188,7 @@ int main(int argument_count, char** arguments) try {
   }
 
   test_partition(1, int64_t{1} << 33, 256);
-  const cuda_on_cpu::Counters& c = cuda_on_cpu::counters();
-  std::printf("%d cases, %d failures; order %s: %lld launches, %lld blocks, %lld threads\n", cases, failures, order.c_str(),
-              static_cast<long long>(c.launches), static_cast<long long>(c.blocks), static_cast<long long>(c.threads));
-  return failures == 0 ? 0 : 1;
+  return cuda_on_cpu::summary(cases);
 } catch (const std::exception& error) {
   std::printf("%s\n", error.what());
   return 1;

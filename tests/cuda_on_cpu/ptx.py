@@ -162,7 +162,7 @@ class Function:
         if kind == "pred":
             if operand.startswith("!"):
                 return f"!{self.register(operand[1:])}"
-            return {"0": "false", "1": "true"}.get(operand) or self.register(operand)
+            return {"0": "false", "1": "true", "-1": "true"}.get(operand) or self.register(operand)
         if match := re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             value = int(match[2], 16 if match[2][:2] in ("0x", "0X") else 8 if re.match("0[0-7]", match[2]) else 10) * (-1 if match[1] else 1)
             return f"as<{ctype(kind)}>({value & (1 << 64) - 1:#x}ull)"

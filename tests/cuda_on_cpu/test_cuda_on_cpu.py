@@ -8,17 +8,21 @@ import subprocess
 import pytest
 from conftest import CSRC, ORDERS, run
 
-# Name, file, right text, wrong text.
+# Name, test, file, right text, wrong text.
 MUTANTS = {
-    "missing_barrier": ("reduce.cuh", "  __syncthreads();\n  for (unsigned warp", "  for (unsigned warp"),
-    "channels_beyond_the_last": ("place.cuh", "|| channel >= p.channels) end", ") end"),
-    "overlooked_nan": ("range.cu", ": -kInfinity;", ": r.lo;"),
+    "missing_barrier": ("kernels_test", "reduce.cuh", "  __syncthreads();\n  for (unsigned warp", "  for (unsigned warp"),
+    "channels_beyond_the_last": ("kernels_test", "place.cuh", "|| channel >= p.channels) end", ") end"),
+    "overlooked_nan": ("kernels_test", "range.cu", ": -kInfinity;", ": r.lo;"),
+    "padding_of_another_sample": ("layers_test", "dense.cu", "zero_point[sample])];", "zero_point[0])];"),
+    "tiles_without_their_last_stage": ("layers_test", "dense.cu", "k_block < copied)", "k_block + 1 < copied)"),
+    "turned_depthwise_taps": ("layers_test", "depthwise.cu", "low23, 0x5410), w.x", "low23, 0x7632), w.x"),
 }
 
 
 @pytest.mark.parametrize("order", [pytest.param(order, marks=() if order == "random" else pytest.mark.full) for order in ORDERS])
-def test_kernels_give_the_cpus_bytes(build, leg, order):
-    assert " 0 failures; " in run(build(leg("kernels_test")), order, 1)
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test"])
+def test_kernels_give_the_cpus_bytes(build, leg, test, order):
+    assert " 0 failures; " in run(build(leg(test)), order, 1)
 
 
 def test_the_host_side(build, leg):
@@ -26,8 +30,9 @@ def test_the_host_side(build, leg):
 
 
 @pytest.mark.full
-def test_kernels_stay_in_bounds(build):
-    assert " 0 failures; " in run(build("kernels_test", "sanitized", SANITIZE="address,undefined"), "random", 2)
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test"])
+def test_kernels_stay_in_bounds(build, test):
+    assert " 0 failures; " in run(build(test, "sanitized", SANITIZE="address,undefined"), "random", 2)
 
 
 def test_the_fibers_report_broken_rules(build):
@@ -45,16 +50,16 @@ def test_the_sanitizers_see_shared_memory(build):
 
 @pytest.fixture(scope="module")
 def mutants(build):
-    """One program for each of the mutants: kernels_test with a kernel that is wrong in one place."""
+    """One program for each of the mutants: its test with a kernel that is wrong in one place."""
     folder = build.root / "mutants"
     with build.lock("mutants"):
-        for name, (file, right, wrong) in MUTANTS.items():
+        for name, (_, file, right, wrong) in MUTANTS.items():
             for part in ("core", "cuda", "include"):
                 shutil.copytree(CSRC / part, folder / name / part, dirs_exist_ok=True)
             text = (CSRC / "cuda" / file).read_text()
             assert text.count(right) == 1
             (folder / name / "cuda" / file).write_text(text.replace(right, wrong))
-    return lambda name: build(name, "with_mutants", MUTANTS=";".join(str(folder / name) for name in MUTANTS))
+    return lambda name: build(name, "with_mutants", MUTANTS=";".join(f"{folder / name}:{test}" for name, (test, *_) in MUTANTS.items()))
 
 
 @pytest.mark.full

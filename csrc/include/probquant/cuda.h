@@ -25,4 +25,41 @@ PROBQUANT_API void dequantize(const QuantizedInput& x, int64_t samples, int64_t 
 PROBQUANT_API void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats,
                            void* stream);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers
+
+/// As probquant::packed_weight_bytes, of the layout that the CUDA kernels read: another one than the CPU's.
+PROBQUANT_API int64_t packed_weight_bytes(const WeightShape& shape);
+
+/// As probquant::pack_weight, from and to device memory; `packed` is aligned to 16 bytes. No value is looked at on the host: that
+/// weights lie in [-127, 127] and the profile in its bounds is the caller's promise.
+PROBQUANT_API void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias,
+                               const float* output_profile, uint8_t* packed, void* stream);
+
+/// Workspace of conv2d and surrogate_law: a few bytes per sample, for the range that the dynamic strategy and the probe find and
+/// for patch sums (gamma > 0).
+PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma);
+
+/// As probquant::conv2d; the workspace needs conv2d_workspace_bytes bytes, 8-byte aligned. The dynamic strategy runs the layer
+/// twice, the probe a sixteenth of it: no output is ever held in 32 bits. A layer whose output positions, padded rows or receptive field reach 2^31 throws.
+PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, void* stream);
+
+/// As probquant::surrogate_law.
+PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments& arguments, float* law, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pools
+
+/// Workspace of an average pool with this output: partial ranges, unless its parameters are fixed.
+PROBQUANT_API int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy);
+
+/// As probquant::pool2d. An average pool's workspace needs pool_workspace_bytes bytes, 8-byte aligned; a max pool needs none.
+PROBQUANT_API void pool2d(Pool kind, const Conv2dShape& shape, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range,
+                          const QuantizedOutput& y, void* workspace, void* stream);
+
+/// As probquant::adaptive_average_pool2d, with the workspace of pool2d.
+PROBQUANT_API void adaptive_average_pool2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height,
+                                           int64_t out_width, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
+                                           void* workspace, void* stream);
+
 }  // namespace probquant::cuda

@@ -36,6 +36,41 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, CUDA_ON_CPU_SITE) {
 
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  unsigned seen = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(at, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return seen;
+}
+
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (unsigned i = 0; i < 4; ++i) result |= static_cast<uint32_t>(static_cast<uint8_t>(bytes >> 8 * (selector >> 4 * i & 7u))) << 8 * i;
+  return result;
+}
+
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -1,0 +1,344 @@
+// Dense layers on the tensor cores: implicit GEMM over NHWC codes. Rows are output positions, columns output channels of one
+// group, K the receptive field in the packed weight's order (packed_weight.h). Linear layers are its 1x1 case.
+//
+// A block computes Tile::kRows x kColumns outputs, all of K. Its threads copy k blocks of 64 bytes per row from global to
+// shared memory, several stages ahead (cp.async), 16 bytes at a time; each thread keeps one place within the k block and so
+// walks over the kernel's taps once for all of its rows. Outside of the image it writes the sample's zero point instead, so
+// that padding needs no correction. Warps read fragments (ldmatrix, swizzled, no bank conflicts) and multiply (mma).
+// Then the accumulators pass through shared memory, kPassRows rows at a time, into whole rows of channels (epilogue.cuh).
+//
+// `gather`: chunks are put together byte by byte, for channels that are no multiple of 16 (the first layer's 3) or not aligned.
+//
+// Instructions per thread and stage on an sm_80, mma and others: large 64 and 111, medium 32 and 118, small 32 and 112; gathered
+// 32 and about 1,300, since a byte costs 10 of them. Registers: 230, 116, 164 and 150, which let 2, 3, 2 and 3 blocks run; shared
+// memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's arithmetic where it is short.
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "runtime.h"
+
+namespace probquant::cuda {
+namespace {
+
+/// Sizes and steps in the units of the kernel's walk: bytes along a pixel row, which is in_width * in_channels long.
+struct Geometry {
+  int32_t rows, rows_per_sample;  ///< that are visited; see visited_position
+  int32_t sample_rows, out_width, out_channels;
+  int32_t in_height, row_bytes;
+  int32_t stride_height, stride_bytes, padding_top, padding_bytes, dilation_height, dilation_bytes;
+  int32_t group_inputs, group_channels, group_blocks, column_tiles, groups;
+  int32_t row_segments, segment_inputs, segment_bytes;
+  int32_t step_bytes, step_segments, step_rows;  ///< how far one stage moves along K: kernel rows, segments of a row, bytes
+  int32_t k_blocks;
+  int64_t block_bytes;
+  bool vectors;  ///< see WarpEpilogue
+};
+
+/// One thread's place along K: kernel row, segment of the row, byte of the segment.
+struct Walk {
+  int32_t ky, segment, byte;
+
+  __device__ Walk(const Geometry& g, int32_t k) {
+    const int32_t of_all = k / g.segment_bytes;
+    byte = k - of_all * g.segment_bytes;
+    ky = of_all / g.row_segments;
+    segment = of_all - ky * g.row_segments;
+  }
+  __device__ void advance(const Geometry& g) {
+    byte += g.step_bytes, segment += g.step_segments, ky += g.step_rows;
+    if (byte >= g.segment_bytes) byte -= g.segment_bytes, ++segment;
+    if (segment >= g.row_segments) segment -= g.row_segments, ++ky;
+  }
+};
+
+/// A chunk of every zero point: what a copy reads where the image has nothing. A store of the value would do, but stores among
+/// asynchronous copies make ptxas order them with dummy loads.
+struct alignas(kChunk) Padding {
+  uint8_t chunks[256][kChunk];
+  constexpr Padding() : chunks{} {
+    for (int z = 0; z < 256; ++z)
+      for (int i = 0; i < kChunk; ++i) chunks[z][i] = static_cast<uint8_t>(z);
+  }
+};
+__device__ const Padding padding;
+
+/// One row of a tile: where its receptive field begins. A row beyond the last lies above every image.
+struct Field {
+  int64_t offset = 0;     ///< of its first byte in x; means nothing outside of the image
+  int32_t y = INT32_MIN;  ///< row
+  int32_t x = 0;          ///< byte of that row
+  const uint8_t* outside = padding.chunks[0];
+
+  __device__ Field() {}
+  __device__ Field(const Geometry& g, const LayerArguments& a, int32_t row, int32_t group) {
+    if (row >= g.rows) return;
+    const auto sample = static_cast<int32_t>(static_cast<uint32_t>(row) / static_cast<uint32_t>(g.rows_per_sample));
+    const int32_t position = visited_position(row - sample * g.rows_per_sample, g.rows_per_sample, g.sample_rows);
+    const auto oy = static_cast<int32_t>(static_cast<uint32_t>(position) / static_cast<uint32_t>(g.out_width));
+    const int32_t ox = position - oy * g.out_width;
+    y = oy * g.stride_height - g.padding_top;
+    x = ox * g.stride_bytes - g.padding_bytes + group * g.group_inputs;
+    offset = (static_cast<int64_t>(sample) * g.in_height + y) * g.row_bytes + x;
+    outside = padding.chunks[clamp_zero_point(a.x.zero_point[sample])];
+  }
+  __device__ bool holds(const Geometry& g, int32_t dy, int32_t dx) const {
+    return static_cast<uint32_t>(y + dy) < static_cast<uint32_t>(g.in_height) && static_cast<uint32_t>(x + dx) < static_cast<uint32_t>(g.row_bytes);
+  }
+};
+
+/// What the epilogue wants to know of a row.
+struct RowParameters {
+  SampleEpilogue epilogue;
+  int32_t sample, output_row;
+};
+
+template <class Tile, bool gather>
+class Dense {
+  static constexpr int kThreads = Tile::kThreads, kDepth = Tile::kDepth, kSlices = Tile::kSlices;
+  static constexpr int kChunkRows = kThreads / (kBlockK / kChunk * kDepth);  ///< rows of chunks that the block copies at once
+  static constexpr int kFields = Tile::kRows / kChunkRows;                   ///< chunks of x per thread and stage
+  static constexpr int kColumnBlocks = Tile::kColumns / kBlockChannels;
+  static constexpr int kWeightChunks = kBlockChannels / kChunkRows;          ///< per thread, stage and 64 channels
+  static constexpr int kRowTiles = Tile::kWarpRows / 16, kColumnTiles = Tile::kWarpColumns / 8;
+  static constexpr int kRowWarps = Tile::kRows / Tile::kWarpRows, kColumnWarps = Tile::kColumns / Tile::kWarpColumns;
+  static constexpr int kWidth = Tile::kColumns / 32;  ///< channels of a lane in the epilogue
+  static constexpr int kPitch = Tile::kColumns + 8;   ///< int32 per row there: fragments are stored without bank conflicts
+  static constexpr int kPassRows = Tile::kRows < 64 ? Tile::kRows : 64;
+  static constexpr int kAccumulatorBytes = kSlices * kPassRows * kPitch * 4;
+  static_assert(kAccumulatorBytes + Tile::kRows * static_cast<int>(sizeof(RowParameters)) <= Tile::kSharedBytes, "the epilogue reuses the stages");
+  static_assert(kChunkRows % 8 == 0, "a thread's chunks are swizzled alike");
+
+ public:
+  __device__ Dense(const Geometry& g, const LayerArguments& a)
+      : g_(g), a_(a), shared_(dynamic_shared()), lane_(static_cast<int32_t>(threadIdx.x % 32)), warp_(static_cast<int32_t>(threadIdx.x / 32)) {
+    const auto block = static_cast<int32_t>(blockIdx.x);
+    column_tile_ = block % g.column_tiles;
+    group_ = block / g.column_tiles % g.groups;
+    first_row_ = block / (g.column_tiles * g.groups) * Tile::kRows;
+  }
+
+  __device__ void run(LayerOutput output) {
+    main_loop();
+    epilogue(output);
+  }
+
+ private:
+  __device__ const uint8_t* weight_block(int32_t i) const {
+    int32_t block = column_tile_ * kColumnBlocks + i;
+    if (block >= g_.group_blocks) block = g_.group_blocks - 1;  // columns that do not exist: any weights will do
+    return a_.packed_weight + (static_cast<int64_t>(group_) * g_.group_blocks + block) * g_.block_bytes;
+  }
+
+  __device__ void main_loop() {
+    // A thread copies always the same chunk of the same k block of a stage. 8 neighbours copy 4 chunks of 2 rows: 8 bank groups.
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t depth = thread / 8 % kDepth, chunk = thread % 4, row = thread / 4 % 2 + thread / (8 * kDepth) * 2;
+    const int32_t linear = (thread % 8 + thread / (8 * kDepth) * 8) * kChunk;  // the same place in the image of a weight's k block
+    Walk walk(g_, depth * kBlockK + chunk * kChunk);
+    Field fields[kFields];
+#pragma unroll
+    for (int i = 0; i < kFields; ++i) fields[i] = Field(g_, a_, first_row_ + row + i * kChunkRows, group_);
+    const int32_t to_x = depth * (Tile::kRows * kBlockK) + swizzle(row, chunk), to_weight = Tile::kStageXBytes + depth * kTileBytes + linear;
+    const uint8_t* weight[kColumnBlocks];
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks; ++i) weight[i] = weight_block(i) + sizeof(BlockHeader) + depth * kTileBytes + linear;
+
+    const auto copy_stage = [&](uint32_t stage) {
+      copy_fields(walk, fields, stage + to_x);
+      walk.advance(g_);
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks; ++i) {
+#pragma unroll
+        for (int c = 0; c < kWeightChunks; ++c)
+          cp_async_16(stage + to_weight + i * kDepth * kTileBytes + c * kChunkRows * kBlockK, weight[i] + c * kChunkRows * kBlockK);
+        weight[i] += kDepth * kTileBytes;
+      }
+    };
+
+    // Stages by their address in shared memory. One group of copies per stage, empty ones too, so that "all but the latest kStages - 2" is
+    // always the stage that is read next.
+    const uint32_t begin = shared_address(shared_), end = begin + Tile::kSharedBytes;
+#pragma unroll
+    for (int s = 0; s < Tile::kStages - 1; ++s) {
+      if (s * kDepth + depth < g_.k_blocks) copy_stage(begin + s * Tile::kStageBytes);
+      cp_async_commit();
+    }
+    uint32_t x = begin + (warp_slice() * Tile::kRows + warp_row()) * kBlockK + swizzle(lane_ % 16, lane_ / 16);
+    const int32_t of_block = warp_column() % kBlockChannels * kBlockK + swizzle(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
+    uint32_t weights = begin + Tile::kStageXBytes + (warp_column() / kBlockChannels * kDepth + warp_slice()) * kTileBytes + of_block;
+    uint32_t reading = begin, writing = end - Tile::kStageBytes;
+    const int32_t copied = g_.k_blocks - depth - (Tile::kStages - 1) * kDepth, multiplied = g_.k_blocks - warp_slice();
+#pragma unroll 1
+    for (int32_t k_block = 0; k_block < g_.k_blocks; k_block += kDepth) {
+      cp_async_wait<Tile::kStages - 2>();
+      __syncthreads();  // everybody's copies have arrived, and nobody reads the stage that is overwritten next
+      if (k_block < copied) copy_stage(writing);
+      cp_async_commit();
+#pragma unroll
+      for (int d = 0; d < kDepth / kSlices; ++d)
+        if (kDepth == 1 || k_block < multiplied - d * kSlices) multiply(x + d * kSlices * Tile::kRows * kBlockK, weights + d * kSlices * kTileBytes);
+      writing = reading;  // x and weights go with it as variables of their own: nvcc would compute them anew in every round
+      reading = reading + Tile::kStageBytes == end ? begin : reading + Tile::kStageBytes;
+      x += reading - writing;
+      weights += reading - writing;
+    }
+    cp_async_wait<0>();
+  }
+
+  __device__ void copy_fields(const Walk& walk, const Field (&fields)[kFields], uint32_t to) const {
+    const int32_t dy = walk.ky * g_.dilation_height;
+    if constexpr (!gather) {
+      const int32_t dx = walk.segment * g_.dilation_bytes + walk.byte, offset = dy * g_.row_bytes + dx;
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) {
+        const uint8_t* const inside = a_.x.q + (fields[i].offset + offset);
+        cp_async_16(to + i * kChunkRows * kBlockK, fields[i].holds(g_, dy, dx) ? inside : fields[i].outside);
+      }
+    } else {
+      // A segment is one tap, or a kernel row of them: then bytes go on to the next tap, `dilation_bytes` further.
+      uint32_t words[kFields][4];
+      int32_t tap = walk.segment, input = walk.byte;
+      const int32_t skipped = input / g_.group_inputs;  // taps of a joined row before the first byte
+      tap += skipped, input -= skipped * g_.group_inputs;
+#pragma unroll
+      for (int b = 0; b < kChunk; ++b) {
+        const int32_t dx = tap * g_.dilation_bytes + input, offset = dy * g_.row_bytes + dx;
+        const bool weighted = walk.byte + b < g_.segment_inputs;  // beyond lies the segment's padding, whose weights are zero
+#pragma unroll
+        for (int i = 0; i < kFields; ++i) {
+          const bool inside = weighted && fields[i].holds(g_, dy, dx);
+          const uint32_t byte = inside ? a_.x.q[fields[i].offset + offset] : *fields[i].outside;
+          words[i][b / 4] = (b % 4 == 0 ? 0u : words[i][b / 4]) | byte << 8 * (b % 4);
+        }
+        if (++input == g_.group_inputs) input = 0, ++tap;
+      }
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) *reinterpret_cast<uint4*>(shared_ + (to - shared_address(shared_)) + i * kChunkRows * kBlockK) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+    }
+  }
+
+  __device__ int32_t warp_slice() const { return warp_ / (kRowWarps * kColumnWarps); }
+  __device__ int32_t warp_row() const { return warp_ % kRowWarps * Tile::kWarpRows; }
+  __device__ int32_t warp_column() const { return warp_ / kRowWarps % kColumnWarps * Tile::kWarpColumns; }
+
+  /// The warp's outputs over one k block of 64 bytes, two mma deep. Addresses in shared memory of what this lane's ldmatrix
+  /// reads: rows 0-7, 8-15 of x, then both again 16 bytes on; channels 0-7, the same 16 bytes on, channels 8-15 of the weight.
+  __device__ void multiply(uint32_t x, uint32_t weight) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {  // chunks 0 and 1, then 2 and 3: their swizzled places differ in one bit
+      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) ldmatrix_x4(a[i], (x ^ (k * 2 * kChunk)) + i * 16 * kBlockK);
+#pragma unroll
+      for (int j = 0; j < kColumnTiles / 2; ++j) ldmatrix_x4(b[j], (weight ^ (k * 2 * kChunk)) + j * 16 * kBlockK);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumnTiles; ++j) mma_m16n8k32(accumulators_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+
+  __device__ void epilogue(LayerOutput output) {
+    using Ints = typename Vector<kWidth>::Ints;
+    auto* staged = reinterpret_cast<int32_t*>(shared_);  // [slices][kPassRows][kPitch]
+    auto* parameters = reinterpret_cast<RowParameters*>(shared_ + kAccumulatorBytes);
+    const int32_t column = lane_ * kWidth, in_group = column_tile_ * Tile::kColumns + column;
+    const int32_t existing = g_.group_channels - in_group;
+    const auto& header = *reinterpret_cast<const BlockHeader*>(weight_block(column / kBlockChannels));
+    WarpEpilogue<kWidth> rows(a_, output, g_.out_channels, header, column % kBlockChannels, group_ * g_.group_channels + in_group, existing, g_.vectors);
+    __syncthreads();  // the last stage has been read
+    for (int32_t r = static_cast<int32_t>(threadIdx.x); r < Tile::kRows && first_row_ + r < g_.rows; r += kThreads) {
+      const int32_t sample = (first_row_ + r) / g_.rows_per_sample;
+      const int32_t position = visited_position(first_row_ + r - sample * g_.rows_per_sample, g_.rows_per_sample, g_.sample_rows);
+      parameters[r] = {sample_epilogue(a_, output, sample), sample, sample * g_.sample_rows + position};
+    }
+#pragma unroll 1
+    for (int32_t pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
+      if (pass > 0) __syncthreads();
+      if (warp_row() / kPassRows == pass) store_fragments(staged + (warp_slice() * kPassRows + warp_row() % kPassRows) * kPitch + warp_column());
+      __syncthreads();
+      constexpr int kWarpPassRows = kPassRows / Tile::kWarps;
+#pragma unroll 1
+      for (int32_t i = 0; i < kWarpPassRows; ++i) {
+        const int32_t r = warp_ * kWarpPassRows + i, in_tile = pass * kPassRows + r;
+        if (first_row_ + in_tile >= g_.rows) break;
+        int32_t sums[kWidth] = {};
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          const Ints part = *reinterpret_cast<const Ints*>(staged + (s * kPassRows + r) * kPitch + column);
+          add_to(sums, part);
+        }
+        rows.start_sample(parameters[in_tile].sample);
+        rows.store(parameters[in_tile].output_row, parameters[in_tile].epilogue, sums);
+      }
+    }
+    rows.flush();
+  }
+
+  static __device__ void add_to(int32_t (&sums)[2], int2 part) { sums[0] += part.x, sums[1] += part.y; }
+  static __device__ void add_to(int32_t (&sums)[4], int4 part) { sums[0] += part.x, sums[1] += part.y, sums[2] += part.z, sums[3] += part.w; }
+
+  __device__ void store_fragments(int32_t* to) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<int2*>(to + (i * 16 + half * 8 + lane_ / 4) * kPitch + j * 8 + lane_ % 4 * 2) = {accumulators_[i][j][2 * half],
+                                                                                                            accumulators_[i][j][2 * half + 1]};
+  }
+
+  const Geometry& g_;
+  const LayerArguments& a_;
+  uint8_t* const shared_;
+  const int32_t lane_, warp_;
+  int32_t column_tile_, group_, first_row_;
+  int32_t accumulators_[kRowTiles][kColumnTiles][4] = {};
+};
+
+template <class Tile, bool gather>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) dense_kernel(const Geometry geometry, const LayerArguments arguments, const LayerOutput output) {
+  Dense<Tile, gather>(geometry, arguments).run(output);
+}
+
+Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t rows_per_sample, int64_t tile_columns, int64_t stage_k) {
+  const auto int32 = [](int64_t v) { return static_cast<int32_t>(v); };
+  const int64_t segments = stage_k / layout.segment_bytes;
+  Geometry g{};
+  g.rows = int32(s.batch * rows_per_sample), g.rows_per_sample = int32(rows_per_sample);
+  g.sample_rows = int32(s.out_height() * s.out_width()), g.out_width = int32(s.out_width()), g.out_channels = int32(s.out_channels);
+  g.in_height = int32(s.in_height), g.row_bytes = int32(s.in_width * s.in_channels);
+  g.stride_height = int32(s.stride_height), g.stride_bytes = int32(s.stride_width * s.in_channels);
+  g.padding_top = int32(s.padding_top), g.padding_bytes = int32(s.padding_left * s.in_channels);
+  g.dilation_height = int32(s.dilation_height), g.dilation_bytes = int32(s.dilation_width * s.in_channels);
+  g.group_inputs = int32(layout.inputs), g.group_channels = int32(layout.group_channels), g.group_blocks = int32(layout.group_blocks);
+  g.column_tiles = int32((layout.group_channels + tile_columns - 1) / tile_columns), g.groups = int32(s.groups);
+  g.row_segments = int32(layout.row_segments), g.segment_inputs = int32(layout.segment_inputs), g.segment_bytes = int32(layout.segment_bytes);
+  g.step_bytes = int32(stage_k % layout.segment_bytes);
+  g.step_segments = int32(segments % layout.row_segments), g.step_rows = int32(segments / layout.row_segments);
+  g.k_blocks = int32(layout.k_blocks), g.block_bytes = layout.block_bytes;
+  return g;
+}
+
+template <class Tile, bool gather = false>
+void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const LayerArguments& a, LayerOutput output, void* stream) {
+  constexpr int64_t kWidth = Tile::kColumns / 32;
+  Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, output), Tile::kColumns, Tile::kDepth * kBlockK);
+  g.vectors = layout.group_channels % kWidth == 0 && aligned(a.y.q, kWidth) && aligned(a.residual.q, kWidth) && aligned(a.y_float, 4 * kWidth);
+  const int64_t row_tiles = (int64_t{g.rows} + Tile::kRows - 1) / Tile::kRows;
+  launch("conv2d", dense_kernel<Tile, gather>, {row_tiles * g.groups * g.column_tiles, Tile::kThreads, Tile::kSharedBytes}, stream, g, a, output);
+}
+
+}  // namespace
+
+void launch_dense(const Conv2dShape& shape, const LayerArguments& a, LayerOutput output, DenseTile tile, void* stream) {
+  const PackedLayout layout(weight_shape(shape));
+  if (layout.inputs % kChunk != 0 || !aligned(a.x.q, kChunk)) return launch_tile<MediumTile, true>(shape, layout, a, output, stream);
+  switch (tile) {
+    case DenseTile::large: return launch_tile<LargeTile>(shape, layout, a, output, stream);
+    case DenseTile::medium: return launch_tile<MediumTile>(shape, layout, a, output, stream);
+    case DenseTile::small: return launch_tile<SmallTile>(shape, layout, a, output, stream);
+  }
+}
+
+}  // namespace probquant::cuda

@@ -1,0 +1,115 @@
+// Sums over the receptive fields of every gamma-th output position (surrogate.h): what the Gaussian surrogate reads of a
+// layer's input. Exact integers.
+//
+// Launch: batch x parts blocks of 256 threads, at most 80 registers, no shared memory. Two ways to share out the fields of one
+// sample. field_per_warp: a warp takes a field of one group and runs over its rows, lane by lane; for dense layers.
+// group_per_lane: a lane takes a group and runs over its field alone; for depthwise ones, whose channels lie side by side.
+// Reads 1 / gamma^2 of the layer's receptive fields; 3 atomics per warp (per lane with sums of every group).
+#include <algorithm>
+
+#include "reduce.cuh"
+#include "runtime.h"
+
+namespace probquant::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+/// One axis of a field cut to the input: taps [begin, end), tap t at first + t * dilation.
+struct Taps {
+  int64_t first;
+  int32_t begin, end;
+
+  __device__ Taps(int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size) : first(position * stride - padding) {
+    int64_t from = first < 0 ? (dilation - first - 1) / dilation : 0, to = first >= size ? 0 : (size - first + dilation - 1) / dilation;
+    if (to > kernel) to = kernel;
+    if (from > to) from = to;
+    begin = static_cast<int32_t>(from), end = static_cast<int32_t>(to);
+  }
+};
+
+/// Sums of one lane over several fields.
+struct FieldSums {
+  int64_t sum = 0, squares = 0, sum_of_squared = 0;
+
+  /// A field of `count` codes with these sums; below 2^32, since a field has fewer than 66,000 weights.
+  __device__ void add(uint32_t codes, uint32_t squared_codes, int64_t count, int64_t zero_point) {
+    const int64_t centred = int64_t{codes} - count * zero_point;
+    sum += centred;
+    squares += int64_t{squared_codes} - 2 * zero_point * int64_t{codes} + count * zero_point * zero_point;
+    sum_of_squared += centred * centred;
+  }
+  __device__ void add_to(PatchSums* sums) const {
+    using Sum = unsigned long long;
+    atomicAdd(reinterpret_cast<Sum*>(&sums->sum), static_cast<Sum>(sum));
+    atomicAdd(reinterpret_cast<Sum*>(&sums->squares), static_cast<Sum>(squares));
+    atomicAdd(reinterpret_cast<Sum*>(&sums->sum_of_squared), static_cast<Sum>(sum_of_squared));
+  }
+};
+
+/// `x` points to the sample; the grid is [batch][parts] blocks.
+template <bool group_per_lane>
+__global__ void __launch_bounds__(kThreads)
+    patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const uint8_t* x, const int32_t* zero_points, const bool per_group, PatchSums* sums) {
+  const int64_t sample = blockIdx.x / grid.parts, inputs = s.in_channels / s.groups, lane = threadIdx.x % 32;
+  const int64_t warp = blockIdx.x % grid.parts * kWarps + threadIdx.x / 32;
+  const int64_t zero_point = clamp_zero_point(zero_points[sample]), units = group_per_lane ? (s.groups + 31) / 32 : s.groups;
+  x += sample * s.in_height * s.in_width * s.in_channels;
+  sums += sample * (per_group ? s.groups : 1);
+  FieldSums mine;
+  int64_t last_group = -1;  // of the fields in `mine`
+  const auto flush = [&] {
+    if (last_group < 0) return;
+    mine.add_to(sums + (per_group ? last_group : 0));
+    mine = FieldSums{};
+    last_group = -1;
+  };
+  // fields of one group are neighbours, so that a warp changes its group seldom
+  for (int64_t i = warp * grid.per_warp; i < (warp + 1) * grid.per_warp && i < units * grid.fields; ++i) {
+    const int64_t unit = i / grid.fields, field = i % grid.fields;
+    const Taps rows(field / grid.columns * grid.gamma, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
+    const Taps columns(field % grid.columns * grid.gamma, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
+    const int64_t group = group_per_lane ? unit * 32 + lane : unit;
+    if (per_group && group != last_group) flush();
+    uint32_t codes = 0, squared = 0;
+    if (group < s.groups) {
+      const bool joined = s.groups == 1 && s.dilation_width == 1;  // a kernel row is contiguous
+      const int64_t segments = joined ? 1 : columns.end - columns.begin, segment = joined ? (columns.end - columns.begin) * inputs : inputs;
+      for (int32_t ky = rows.begin; ky < rows.end; ++ky) {
+        const uint8_t* row = x + ((rows.first + ky * s.dilation_height) * s.in_width + columns.first + columns.begin * s.dilation_width) * s.in_channels + group * inputs;
+        for (int64_t j = 0; j < segments; ++j, row += s.dilation_width * s.in_channels)
+          for (int64_t k = group_per_lane ? 0 : lane; k < segment; k += group_per_lane ? 1 : 32) {
+            const uint32_t q = row[k];
+            codes += q, squared += q * q;
+          }
+      }
+    }
+    if (!group_per_lane) {
+      const auto add = [](uint32_t a, uint32_t b) { return a + b; };
+      codes = warp_reduce(codes, add), squared = warp_reduce(squared, add);
+    }
+    if (group >= s.groups || (!group_per_lane && lane != 0)) continue;
+    mine.add(codes, squared, int64_t{rows.end - rows.begin} * (columns.end - columns.begin) * inputs, zero_point);
+    last_group = group;
+  }
+  flush();
+}
+
+}  // namespace
+
+void launch_patch_sums(const Conv2dShape& s, int64_t gamma, const QuantizedInput& x, bool per_group, PatchSums* sums, void* stream) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const bool group_per_lane = s.groups > 1 && s.in_channels / s.groups < 32;
+  PatchGrid grid{};
+  grid.gamma = gamma;
+  grid.columns = divide_up(s.out_width(), gamma);
+  grid.fields = divide_up(s.out_height(), gamma) * grid.columns;
+  const int64_t units = (group_per_lane ? divide_up(s.groups, 32) : s.groups) * grid.fields;
+  // as many blocks as the device holds, at most one field per warp
+  grid.parts = std::max<int64_t>(1, std::min(divide_up(units, kWarps), kWantedBlocks / s.batch));
+  grid.per_warp = divide_up(units, grid.parts * kWarps);
+  launch("conv2d", group_per_lane ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s, grid, x.q, x.zero_point,
+         per_group, sums);
+}
+
+}  // namespace probquant::cuda
