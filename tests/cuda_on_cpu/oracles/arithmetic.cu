@@ -205,7 +205,9 @@ int main() {
     compare("fma", i, r[2], std::fma(a, b, c));
     compare("div", i, r[3], a / b);
     compare("sqrt", i, r[4], std::sqrt(a));
-    if (a != 0 || b != 0) compare("min", i, r[5], std::fmin(a, b)), compare("max", i, r[6], std::fmax(a, b));
+    const bool one_is_nan = (a != a) != (b != b);  // the number counts; the C library makes an exception for signaling NaNs
+    if (one_is_nan) compare("min", i, r[5], a != a ? b : a), compare("max", i, r[6], a != a ? b : a);
+    if (!one_is_nan && (a != 0 || b != 0)) compare("min", i, r[5], std::fmin(a, b)), compare("max", i, r[6], std::fmax(a, b));
     compare("rint", i, r[7], std::nearbyint(a));
     const bool nan = a != a;
     compare_bits("to int, nearest", i, whole[4 * i], nan ? 0 : clamped(std::nearbyint(double{a}), -2147483648.0, 2147483647.0));
