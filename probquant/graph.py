@@ -53,6 +53,7 @@ class Unit:
     residual: fx.Node | None = None
     weight: torch.Tensor | None = None  # float32, canonical: [O, kh, kw, I / groups] or [O, K]
     bias: torch.Tensor | None = None
+    output_profile: torch.Tensor | None = None  # float32 [O]: the codes of channel o stand for scale * output_profile[o] * (q - zero point)
     activation: Activation = Activation.CLAMP
     activation_min: float | None = None
     activation_max: float | None = None

@@ -126,7 +126,8 @@ class QuantizedModel(fx.GraphModule):
                     captures[layer] = _capture(result)
                     if "profile" in node.meta:
                         profile = operator.attrgetter(node.meta["profile"])(self.module)
-                        captures[layer].value *= profile.reshape(-1, *[1] * (captures[layer].value.dim() - 2)) if result[1].dim() == 1 else profile
+                        image = result[0].dim() == 4 and result[1].dim() == 1
+                        captures[layer].value *= profile.reshape(-1, 1, 1) if image else profile
                 return result
 
         with torch.no_grad():
@@ -152,19 +153,20 @@ def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
 class UnitTensors(nn.Module):
     """Tensors of one int8 layer: the canonical weight (what files hold) and its packed form (what kernels read)."""
 
-    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, groups: int):
+    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, profile: torch.Tensor | None, groups: int):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        self.register_buffer("packed_weight", ops.pack_weight(weight, weight_scale, bias, groups), persistent=False)
+        self.register_buffer("profile", profile)
+        self.register_buffer("packed_weight", ops.pack_weight(weight, weight_scale, bias, groups, profile), persistent=False)
         self.groups = groups
 
     def _apply(self, fn, recurse=True):
         device = self.weight.device
         super()._apply(fn, recurse)
         if self.weight.device != device:  # every kind of device has its own packed form
-            self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups)
+            self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups, self.profile)
         return self
 
 
@@ -293,10 +295,10 @@ def make_unit(leaves: dict[str, torch.Tensor], groups: int | None) -> nn.Module:
     if groups is None:
         unit = nn.Module()
     else:
-        unit = UnitTensors(leaves["weight"], leaves["weight_scale"], leaves.get("bias"), groups)
+        unit = UnitTensors(leaves["weight"], leaves["weight_scale"], leaves.get("bias"), leaves.get("profile"), groups)
         unit.groups = groups
     for name, tensor in leaves.items():
-        if name not in ("weight", "weight_scale", "bias"):
+        if not hasattr(unit, name):
             unit.register_buffer(name, tensor)
     return unit
 

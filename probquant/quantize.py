@@ -60,7 +60,7 @@ def quantize(
     criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
     coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
-    channel_profile: a static factor per channel, folded into the weights around a tensor (profiles.py). None: for the
+    channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
         probabilistic strategy; static and dynamic quantization are then what is commonly meant by it.
     weight_rounding: "nearest", or "gptq": each weight makes up for the rounding of others, by the second moments of the layer's
         inputs (rounding.py); calibration takes longer. Layers too large for that are rounded to nearest, and say so in the summary.
@@ -113,7 +113,7 @@ def quantize_graph(
         profiles = apply_profiles(graph_module, units, iter(held))
         chunks = chain(held, chunks)
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
-    _calibrate(graph_module, plans, chunks, progress)
+    _calibrate(graph_module, plans, profiles, chunks, progress)
     return _Writer(graph_module, units, plans, settings, profiles).write()
 
 
@@ -265,6 +265,8 @@ class _Plan:
             self.leaves["weight"], self.leaves["weight_scale"] = surrogates.quantize_weight(unit.weight)
             if unit.bias is not None:
                 self.leaves["bias"] = unit.bias
+            if unit.output_profile is not None:
+                self.leaves["profile"] = unit.output_profile
             unit.options.setdefault("groups", 1)
             if unit.kind == "conv2d":
                 unit.options["kernel_size"] = list(unit.weight.shape[1:3])
@@ -281,7 +283,7 @@ class _Plan:
         if self.strategy is Strategy.FIXED:
             self.fit = surrogates.StaticFit()
         elif self.fits_widths:
-            self.fit = surrogates.GaussianFit(unit.activation, unit.activation_min, unit.activation_max)
+            self.fit = surrogates.GaussianFit(unit.activation, unit.activation_min, unit.activation_max, unit.output_profile)
         else:
             self.fit = None
 
@@ -312,8 +314,11 @@ class _Plan:
         head = torch.tensor([alpha, beta, self.correlation.fit()], dtype=torch.float32)
         if self.unit.kind == "add":
             return head
-        weight = self.leaves["weight"].float() * self.leaves["weight_scale"].reshape(-1, *[1] * (self.unit.weight.dim() - 1))
-        return torch.cat([head, surrogates.weight_laws(weight, self.leaves.get("bias"), self.strategy is Strategy.GAUSSIAN_CHANNEL)])
+        scale, bias = self.leaves["weight_scale"], self.leaves.get("bias")
+        if self.unit.output_profile is not None:  # laws are of the output over its profile
+            scale, bias = scale / self.unit.output_profile, None if bias is None else bias / self.unit.output_profile
+        weight = self.leaves["weight"].float() * scale.reshape(-1, *[1] * (self.unit.weight.dim() - 1))
+        return torch.cat([head, surrogates.weight_laws(weight, bias, self.strategy is Strategy.GAUSSIAN_CHANNEL)])
 
     def observe(self, values: dict[fx.Node, torch.Tensor], first: bool) -> None:
         """Learns from the float values of one chunk of samples."""
@@ -379,9 +384,11 @@ class _Plan:
             self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, coverage))
 
 
-def _calibrate(graph_module, plans: list[_Plan], chunks: Iterable[tuple], progress: bool) -> None:
+def _calibrate(graph_module, plans: list[_Plan], profiles: dict[fx.Node, torch.Tensor], chunks: Iterable[tuple], progress: bool) -> None:
     if not any(plan.learns for plan in plans):
         return
+    # What the codes stand for is a tensor over its profile; so is the part of a residual's sum that the layer computes.
+    profiles = profiles | {plan.unit.anchor: profiles[plan.unit.output] for plan in plans if plan.unit.residual is not None and plan.unit.output in profiles}
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
     class Observer(fx.Interpreter):
@@ -392,7 +399,7 @@ def _calibrate(graph_module, plans: list[_Plan], chunks: Iterable[tuple], progre
         def run_node(self, node):
             result = super().run_node(node)
             if node in needed:
-                self.values[node] = result
+                self.values[node] = result / profiles[node] if node in profiles else result
             return result
 
     first = True
@@ -498,7 +505,7 @@ class _Writer:
             return None
         name = self.names[id(plan.unit)]
         if not hasattr(self.modules, name):
-            weights = {k: v for k, v in plan.leaves.items() if k in ("weight", "weight_scale", "bias")}
+            weights = {k: v for k, v in plan.leaves.items() if k in ("weight", "weight_scale", "bias", "profile")}
             self.modules.add_module(name, make_unit(weights, plan.unit.options["groups"] if plan.unit.is_layer else None))
         module = getattr(self.modules, name)
         if not hasattr(module, leaf):
@@ -515,7 +522,7 @@ class _Writer:
             return
         node.meta["layer"] = unit.name
         if unit.output in self.profiles:
-            self.tensor(plan, "profile", self.profiles[unit.output])  # for capture(); no kernel reads it
+            self.tensor(plan, "profile", self.profiles[unit.output].reshape(-1))  # for capture(), where the op has no weight to hold it
             node.meta["profile"] = f"int8_layers.{self.names[id(unit)]}.profile"
         parts = self.unpack(node)
         if unit.quantized_output:

@@ -45,8 +45,20 @@ def weight_laws(weight: torch.Tensor, bias: torch.Tensor | None, per_channel: bo
     return torch.cat(parts).float()
 
 
-def _activation_image(lo, hi, activation: Activation, minimum, maximum):
+def _activation_image(lo, hi, activation: Activation, minimum, maximum, profile: torch.Tensor | None = None):
     """Image of [lo, hi] under an activation: what core/numerics.h's activation_range does, on float64 tensors."""
+    if profile is not None:  # cut to the image of all numbers, over the profile
+        least, largest = {
+            Activation.CLAMP: (minimum, maximum),
+            Activation.SILU: (-0.2784645, None),
+            Activation.GELU: (-0.1700408, None),
+            Activation.HARDSWISH: (-0.375, None),
+            Activation.SIGMOID: (0.0, 1.0),
+        }[activation]
+        away, near = 1.0 / float(profile.min()), 1.0 / float(profile.max())
+        bounds = (-math.inf if least is None else least, math.inf if largest is None else largest)
+        least, largest = bounds[0] * (away if bounds[0] < 0 else near), bounds[1] * (away if bounds[1] > 0 else near)
+        return lo.clamp(least, largest), hi.clamp(least, largest)
     if activation is Activation.CLAMP:
         return (bound.clamp(minimum, maximum) if (minimum, maximum) != (None, None) else bound for bound in (lo, hi))
     lo, hi = torch.broadcast_tensors(lo, hi)
@@ -106,8 +118,9 @@ class GaussianFit:
     by its power, so that dark images count as much as bright ones.
     """
 
-    def __init__(self, activation: Activation, minimum: float | None, maximum: float | None):
-        self.activation, self.minimum, self.maximum = activation, minimum, maximum
+    def __init__(self, activation: Activation, minimum: float | None, maximum: float | None, profile: torch.Tensor | None = None):
+        """`profile` [O]: laws and outputs are over it."""
+        self.activation = (activation, minimum, maximum, profile)
         widths = torch.tensor(WIDTHS, dtype=torch.float64)
         self.widths = widths
         self.error = torch.zeros(len(widths), len(widths), dtype=torch.float64)
@@ -121,7 +134,7 @@ class GaussianFit:
         mean, sigma = law.double().unbind(1)
         lo = (mean[:, None] - sigma[:, None] * self.widths).amin(0)
         hi = (mean[:, None] + sigma[:, None] * self.widths).amax(0)
-        lo, hi = _activation_image(lo[:, None], hi[None, :], self.activation, self.minimum, self.maximum)
+        lo, hi = _activation_image(lo[:, None], hi[None, :], *self.activation)
         y = y.reshape(-1)
         power = float(torch.dot(y, y))
         error, clipped = _quantization_error(_distribution(y), float((y != 0).sum()), lo, hi)
