@@ -69,7 +69,7 @@ def test_fake_cuda_tensors_trace():
 
 def test_a_layer_packs_its_weight_for_the_device_it_moves_to():
     weight, scale = torch.ones(8, 3, 3, 4, dtype=torch.int8), torch.ones(8)
-    unit = UnitTensors(weight, scale, None, 1)
+    unit = UnitTensors(weight, scale, None, None, 1)
     before = unit.packed_weight
     assert unit.to("cpu").packed_weight is before
     unit.packed_weight = before[:5]  # bytes of another layout would have another size

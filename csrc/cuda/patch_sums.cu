@@ -1,7 +1,7 @@
 // Sums over the receptive fields of every gamma-th output position (surrogate.h): what the Gaussian surrogate reads of a
 // layer's input. Exact integers.
 //
-// Launch: batch x parts blocks of 256 threads, at most 80 registers, no shared memory. Two ways to share out the fields of one
+// Launch: batch x parts blocks of 256 threads, at most 80 registers (three blocks on a multiprocessor), no shared memory. Two ways to share out the fields of one
 // sample. field_per_warp: a warp takes a field of one group and runs over its rows, lane by lane; for dense layers.
 // group_per_lane: a lane takes a group and runs over its field alone; for depthwise ones, whose channels lie side by side.
 // Reads 1 / gamma^2 of the layer's receptive fields; 3 atomics per warp (per lane with sums of every group).
@@ -20,11 +20,13 @@ struct Taps {
   int64_t first;
   int32_t begin, end;
 
+  // Extents are below 2^31, so what is divided is below 2^32: a 64-bit division would take registers that the kernel has not.
   __device__ Taps(int64_t position, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, int64_t size) : first(position * stride - padding) {
-    int64_t from = first < 0 ? (dilation - first - 1) / dilation : 0, to = first >= size ? 0 : (size - first + dilation - 1) / dilation;
-    if (to > kernel) to = kernel;
-    if (from > to) from = to;
-    begin = static_cast<int32_t>(from), end = static_cast<int32_t>(to);
+    const auto step = static_cast<uint32_t>(dilation);
+    const uint32_t from = first < 0 ? (static_cast<uint32_t>(-first) - 1) / step + 1 : 0;
+    const uint32_t to = first >= size ? 0 : static_cast<uint32_t>(size - first - 1) / step + 1;
+    end = static_cast<int32_t>(to < kernel ? to : kernel);
+    begin = static_cast<int32_t>(from < static_cast<uint32_t>(end) ? from : end);
   }
 };
 
@@ -49,9 +51,10 @@ struct FieldSums {
 
 /// `x` points to the sample; the grid is [batch][parts] blocks.
 template <bool group_per_lane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const uint8_t* x, const int32_t* zero_points, const bool per_group, PatchSums* sums) {
-  const int64_t sample = blockIdx.x / grid.parts, inputs = s.in_channels / s.groups, lane = threadIdx.x % 32;
+  const int64_t sample = blockIdx.x / grid.parts;
+  const int32_t inputs = static_cast<int32_t>(s.in_channels / s.groups), lane = threadIdx.x % 32;
   const int64_t warp = blockIdx.x % grid.parts * kWarps + threadIdx.x / 32;
   const int64_t zero_point = clamp_zero_point(zero_points[sample]), units = group_per_lane ? (s.groups + 31) / 32 : s.groups;
   x += sample * s.in_height * s.in_width * s.in_channels;
@@ -65,21 +68,29 @@ __global__ void __launch_bounds__(kThreads)
     last_group = -1;
   };
   // fields of one group are neighbours, so that a warp changes its group seldom
-  for (int64_t i = warp * grid.per_warp; i < (warp + 1) * grid.per_warp && i < units * grid.fields; ++i) {
-    const int64_t unit = i / grid.fields, field = i % grid.fields;
-    const Taps rows(field / grid.columns * grid.gamma, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
-    const Taps columns(field % grid.columns * grid.gamma, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
+  const int64_t begin = warp * grid.per_warp, end = begin + grid.per_warp < units * grid.fields ? begin + grid.per_warp : units * grid.fields;
+  int64_t unit = begin / grid.fields, row = begin % grid.fields / grid.columns, column = begin % grid.fields % grid.columns;
+  const int64_t grid_rows = grid.fields / grid.columns;
+  const auto next = [&] {
+    if (++column < grid.columns) return;
+    column = 0;
+    if (++row < grid_rows) return;
+    row = 0, ++unit;
+  };
+  for (int64_t i = begin; i < end; ++i, next()) {
+    const Taps rows(row * grid.gamma, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
+    const Taps columns(column * grid.gamma, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
     const int64_t group = group_per_lane ? unit * 32 + lane : unit;
     if (per_group && group != last_group) flush();
     uint32_t codes = 0, squared = 0;
     if (group < s.groups) {
       const bool joined = s.groups == 1 && s.dilation_width == 1;  // a kernel row is contiguous
-      const int64_t segments = joined ? 1 : columns.end - columns.begin, segment = joined ? (columns.end - columns.begin) * inputs : inputs;
+      const int32_t segments = joined ? 1 : columns.end - columns.begin, segment = joined ? (columns.end - columns.begin) * inputs : inputs;
       for (int32_t ky = rows.begin; ky < rows.end; ++ky) {
-        const uint8_t* row = x + ((rows.first + ky * s.dilation_height) * s.in_width + columns.first + columns.begin * s.dilation_width) * s.in_channels + group * inputs;
-        for (int64_t j = 0; j < segments; ++j, row += s.dilation_width * s.in_channels)
-          for (int64_t k = group_per_lane ? 0 : lane; k < segment; k += group_per_lane ? 1 : 32) {
-            const uint32_t q = row[k];
+        const uint8_t* taps = x + ((rows.first + ky * s.dilation_height) * s.in_width + columns.first + columns.begin * s.dilation_width) * s.in_channels + group * inputs;
+        for (int32_t j = 0; j < segments; ++j, taps += s.dilation_width * s.in_channels)
+          for (int32_t k = group_per_lane ? 0 : lane; k < segment; k += group_per_lane ? 1 : 32) {
+            const uint32_t q = taps[k];
             codes += q, squared += q * q;
           }
       }

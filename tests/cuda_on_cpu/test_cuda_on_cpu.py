@@ -54,7 +54,7 @@ def mutants(build):
     folder = build.root / "mutants"
     with build.lock("mutants"):
         for name, (_, file, right, wrong) in MUTANTS.items():
-            for part in ("core", "cuda", "include"):
+            for part in ("core", "cpu", "cuda", "include"):
                 shutil.copytree(CSRC / part, folder / name / part, dirs_exist_ok=True)
             text = (CSRC / "cuda" / file).read_text()
             assert text.count(right) == 1
