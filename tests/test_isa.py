@@ -15,7 +15,7 @@ from oracle import Geometry
 import probquant
 from probquant import ops
 
-ISAS = ["reference", "avx2", "avx512vnni"]
+ISAS = ["reference", "avx2", "avx512vnni", "amx"]
 RUN = "import sys; sys.path.insert(0, sys.argv[1]); import test_isa; test_isa.main(sys.argv[2])"
 ACTIVATIONS = [{}, {"activation_min": 0.0}, {"activation_min": 0.0, "activation_max": 6.0}, {"activation": 1}, {"activation": 2}, {"activation": 3}, {"activation": 4}]
 
@@ -166,7 +166,7 @@ def test_same_bytes_as_the_reference(isa, reference, tmp_path):
 
 def test_environment_cannot_raise_the_isa():
     code = "import probquant; print(probquant.cpu_info()['isa_used'])"
-    used = [subprocess.run([sys.executable, "-c", code], env=environment(isa), capture_output=True, text=True).stdout.strip() for isa in (None, "avx512vnni")]
+    used = [subprocess.run([sys.executable, "-c", code], env=environment(isa), capture_output=True, text=True).stdout.strip() for isa in (None, "amx")]
     cpu = probquant.cpu_info()
     assert used == [min(cpu["isa_compiled"], cpu["isa_detected"], key=ISAS.index)] * 2
 
@@ -175,4 +175,4 @@ def test_unknown_isa_is_named_by_the_first_op():
     code = "import torch, probquant; probquant.ops.moments(torch.zeros(1, 1, dtype=torch.uint8))"
     done = subprocess.run([sys.executable, "-c", code], env=environment("sse9"), capture_output=True, text=True)
     assert done.returncode == 1  # an exception, not a crash
-    assert "RuntimeError: probquant: the environment variable PROBQUANT_ISA is 'sse9', wanted reference, avx2 or avx512vnni" in done.stderr
+    assert "RuntimeError: probquant: the environment variable PROBQUANT_ISA is 'sse9', wanted reference, avx2, avx512vnni or amx" in done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ISAS = ["reference", "avx2", "avx512vnni"]
+ISAS = ["reference", "avx2", "avx512vnni", "amx"]
 PACKAGE = Path(find_spec("probquant").origin).parent
 SCRIPT = """
 import sys
@@ -64,4 +64,4 @@ def test_environment_only_lowers(isa):
 def test_unknown_isa_is_an_error():
     result = native_info("sse9")
     assert result.returncode != 0
-    assert "PROBQUANT_ISA is 'sse9', wanted reference, avx2 or avx512vnni" in result.stderr
+    assert "PROBQUANT_ISA is 'sse9', wanted reference, avx2, avx512vnni or amx" in result.stderr

@@ -22,6 +22,9 @@ BuildInfo build_info() {
 #if defined(PROBQUANT_HAVE_AVX512VNNI)
   info.isas.emplace_back(isa_name(Isa::avx512vnni));
 #endif
+#if defined(PROBQUANT_HAVE_AMX)
+  info.isas.emplace_back(isa_name(Isa::amx));
+#endif
   return info;
 }
 
@@ -34,7 +37,8 @@ CpuInfo cpu_info() {
   info.isa_used = isa_name(selected_isa());
   info.features = {{"avx2", f.avx2},         {"fma", f.fma},           {"f16c", f.f16c},
                    {"avx_vnni", f.avx_vnni}, {"avx512f", f.avx512f},   {"avx512bw", f.avx512bw},
-                   {"avx512dq", f.avx512dq}, {"avx512vl", f.avx512vl}, {"avx512_vnni", f.avx512_vnni}};
+                   {"avx512dq", f.avx512dq}, {"avx512vl", f.avx512vl}, {"avx512_vnni", f.avx512_vnni},
+                   {"amx_tile", f.amx_tile}, {"amx_int8", f.amx_int8}};
   return info;
 }
 

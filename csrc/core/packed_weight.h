@@ -7,7 +7,8 @@
 // Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps of one kernel column in the place of 4 inputs:
 //   stream        [kernel_width][ceil(kernel_height / 4)][16 channels][4 ky]
 // so that a step meets the 4 input rows of one column, interleaved once for all the outputs that touch the column.
-// Behind the last block comes a PackedTrailer. Everything is a multiple of 64 bytes.
+// AMX loads 16 steps at once, of which a segment's last may be beyond its end.
+// Behind the last block comes a PackedTrailer, long enough for that. Everything is a multiple of 64 bytes.
 #pragma once
 #include <probquant/ops.h>
 
@@ -29,8 +30,9 @@ static_assert(sizeof(BlockHeader) == 320, "a block stays a multiple of 64 bytes"
 
 struct PackedTrailer {
   ProfileSpan profile;
-  uint8_t padding[kStreamBytes - sizeof(ProfileSpan)];
+  uint8_t padding[16 * kStreamBytes - sizeof(ProfileSpan)];
 };
+static_assert(sizeof(PackedTrailer) % kStreamBytes == 0, "a multiple of 64 bytes");
 
 /// Bytes of all kernel rows of a weight whose segments are kernel rows, at most: kernels copy those of a pixel near the border.
 inline constexpr int64_t kMaxRowSegmentBytes = 400;

@@ -14,12 +14,18 @@
 
 #include <cstddef>
 
+#ifndef PROBQUANT_TILE_ROWS  // most rows of a register tile; the file that includes this may say otherwise
+#define PROBQUANT_TILE_ROWS 12
+#endif
+
 namespace probquant {
 namespace {
 
-constexpr int kTileRows = 12;            // most rows of a register tile
+constexpr int kTileRows = PROBQUANT_TILE_ROWS;
 constexpr int kPanelBlocks = 4;          // most blocks of a register tile
+constexpr int kStraddledRows = 6;        // tiles straddle samples of fewer rows
 constexpr int kCallSegments = 16;        // segments that one call of a register tile takes, at most
+constexpr int64_t kShortLine = 10;       // lines of fewer positions are not worth parts of their own
 constexpr int64_t kPieceBytes = 256;     // longest segment of a table
 constexpr int64_t kChunkSamples = 128;   // whose constants and counters a thread holds
 constexpr int64_t kChunkRows = 16384;    // keeps 32-bit partial moments far from overflow
@@ -44,6 +50,7 @@ struct Box {
 /// Output positions that a register tile computes together.
 struct Tile {
   int rows;
+  int part;         ///< rows of the first of two parts (see make_parts)
   bool pure;        ///< no row has padding inside the box
   bool one_sample;
   Box box;          ///< the taps that some row needs
@@ -94,6 +101,31 @@ class DenseDriver {
     interior_x1 = interior_end(s.in_width, s.padding_left, s.kernel_width, s.stride_width, s.dilation_width, interior_x0, p.out_width);
   }
 
+  /// From now on a tile consists of two parts, and the rows of a part lie at the same distance from each other in x wherever the image
+  /// has lines of positions that are long enough. Returns the most rows of a part that the range has, up to 16.
+  int64_t make_parts(const LayerRange& range) {
+    part_rows = 1;
+    const auto tiles_of = [&](int64_t count) {
+      const int64_t rows = count > 0 ? ceil_div(count, ceil_div(count, 32)) : 0;
+      part_rows = max_i(part_rows, rows > 16 ? ceil_div(rows, 2) : rows);
+    };
+    const auto region = [&](int64_t height, int64_t width) {
+      const int64_t line = line_length(width, height);
+      if (line < kShortLine) tiles_of(width * height);
+      else if (height > 0) part_rows = max_i(part_rows, ceil_div(line, ceil_div(line, 16)));
+    };
+    if (p.rows_per_sample < kStraddledRows && s.batch > 1) {
+      tiles_of(range.row_end - range.row_begin);
+    } else {
+      region(interior_y0, p.out_width);
+      region(interior_y1 - interior_y0, interior_x0);
+      region(interior_y1 - interior_y0, interior_x1 - interior_x0);
+      region(interior_y1 - interior_y0, p.out_width - interior_x1);
+      region(p.out_height - interior_y1, p.out_width);
+    }
+    return part_rows;
+  }
+
   /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows) before the tiles that meet those
   /// weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
   template <class Kernel>
@@ -103,7 +135,7 @@ class DenseDriver {
     for (group = first_block / layout.group_blocks; group <= last_block / layout.group_blocks; ++group) {
       const int64_t base = group * layout.group_blocks;
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
-      const int64_t max_rows = Kernel::max_rows(b1 - b0);
+      const int64_t max_rows = part_rows ? 2 * part_rows : Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
@@ -150,6 +182,13 @@ class DenseDriver {
     } while (more);
   }
 
+  /// Bytes from the address of a row's first tap to the end of the last byte that the tile reads.
+  int64_t reach(const Tile& tile) const {
+    const Box& b = tile.box;
+    return (b.ky1 - 1) * tap_y + (joined ? 0 : (b.kx1 - 1) * tap_x) + layout.segment_steps * 4;
+  }
+  const uint8_t* end_of_x() const { return x_end; }
+
   const LayerProblem& p;
   const Conv2dShape& s;
   const PackedLayout& layout;
@@ -176,7 +215,7 @@ class DenseDriver {
     const int64_t most = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
     if (tiles_outside) return most;
     const int64_t bytes = s.in_channels * min_i(s.stride_height, s.kernel_height) * min_i(s.stride_width, s.kernel_width);
-    return clamp_i(Kernel::kInputInCache / bytes, 4 * kTileRows, most);
+    return clamp_i(Kernel::kInputInCache / bytes, 48, most);
   }
 
   template <class Kernel, class Visit>
@@ -199,7 +238,7 @@ class DenseDriver {
   void for_each_tile(int64_t begin, int64_t end, int64_t max_rows, Visit visit) {
     Tile tile;
     const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
-    if (p.rows_per_sample < kTileRows / 2 && s.batch > 1) {  // tiles over several samples
+    if (p.rows_per_sample < kStraddledRows && s.batch > 1) {  // tiles over several samples
       const int64_t tiles = ceil_div(end - begin, max_rows);
       for (int64_t t = 0; t < tiles; ++t) {
         start_tile(tile);
@@ -218,7 +257,26 @@ class DenseDriver {
       const int64_t first = max_i(begin - sample * p.rows_per_sample, 0), last = min_i(end - sample * p.rows_per_sample, p.rows_per_sample);
       const auto region = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1, bool inside) {
         const int64_t width = x1 - x0, from = positions_before(first, y0, y1, x0, x1), count = positions_before(last, y0, y1, x0, x1) - from;
-        const int64_t tiles = width > 0 ? ceil_div(count, max_rows) : 0;
+        if (count == 0) return;
+        if (part_rows && line_length(width, y1 - y0) >= kShortLine) {
+          const int64_t line = line_length(width, y1 - y0), parts = ceil_div(line, part_rows);
+          for (int64_t at = from; at < from + count;) {
+            start_tile(tile);
+            for (int part = 0; part < 2 && at < from + count; ++part) {
+              const int64_t index = at % line * parts / line;  // rounding may give the part before
+              int64_t to = line * (index + 1) / parts;
+              if (to <= at % line) to = line * (index + 2) / parts;
+              to = min_i(at - at % line + to, from + count);
+              for (; at < to; ++at) add_row(tile, sample, y0 + at / width, x0 + at % width, !inside);
+              if (part == 0) tile.part = tile.rows;
+            }
+            if (inside) tile.box = full;
+            finish_tile(tile);
+            visit(tile);
+          }
+          return;
+        }
+        const int64_t tiles = ceil_div(count, max_rows);
         for (int64_t t = 0; t < tiles; ++t) {
           start_tile(tile);
           int64_t at = from + count * t / tiles;
@@ -240,6 +298,11 @@ class DenseDriver {
     }
   }
 
+  /// Positions of a region, `width` wide, that lie at the same distance from each other in x: a row of it, or all of it.
+  int64_t line_length(int64_t width, int64_t height) const {
+    return width == 1 || width * s.stride_width == s.stride_height * s.in_width ? width * height : width;
+  }
+
   /// Positions of the region [y0, y1) x [x0, x1) among the first `rows` rows of a sample.
   int64_t positions_before(int64_t rows, int64_t y0, int64_t y1, int64_t x0, int64_t x1) const {
     const int64_t y = rows / p.out_width;
@@ -249,7 +312,7 @@ class DenseDriver {
   }
 
   void start_tile(Tile& tile) const {
-    tile.rows = 0;
+    tile.rows = tile.part = 0;
     tile.pure = true;
     tile.box = {s.kernel_height, 0, s.kernel_width, 0};
   }
@@ -287,6 +350,7 @@ class DenseDriver {
 
   void finish_tile(Tile& tile) {
     tile.one_sample = tile.sample[0] == tile.sample[tile.rows - 1];
+    if (tile.part == 0) tile.part = tile.rows > part_rows ? (tile.rows + 1) / 2 : tile.rows;
     Box& b = tile.box;
     if (b.ky0 >= b.ky1 || b.kx0 >= b.kx1) b = {0, 0, 0, 0}, tile.pure = true;  // padding only
     if (joined && (b.kx0 != 0 || b.kx1 != s.kernel_width)) b.kx0 = 0, b.kx1 = s.kernel_width, tile.pure = tile.pure && b.ky0 == b.ky1;
@@ -415,6 +479,7 @@ class DenseDriver {
   const bool joined;             // packed segments are kernel rows
   const bool contiguous;         // the bytes of neighbouring taps follow each other, and so do their weights
   const Box full;
+  int64_t part_rows = 0;         // of a part, at most; 0: tiles have no parts
   int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
   int64_t group = 0;
 

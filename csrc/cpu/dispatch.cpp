@@ -13,6 +13,9 @@ Kernels build_table(Isa isa) {
 #if defined(PROBQUANT_HAVE_AVX512VNNI)
   if (isa >= Isa::avx512vnni) install_avx512vnni(table);
 #endif
+#if defined(PROBQUANT_HAVE_AMX)
+  if (isa >= Isa::amx) install_amx(table);
+#endif
   (void)isa;
   return table;
 }

@@ -1,4 +1,5 @@
-// Owns CPU feature detection: CPUID for what the processor has, XGETBV for what the operating system saves.
+// Owns CPU feature detection: CPUID for what the processor has, XGETBV for what the operating system saves, and the permission
+// to use AMX, which Linux gives a process on request.
 #include "features.h"
 
 #include <probquant/types.h>
@@ -9,6 +10,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace probquant {
@@ -37,7 +42,20 @@ uint64_t saved_states() {
   return uint64_t{high} << 32 | low;
 }
 
+/// Asks the kernel for the tiles' 8 KB of registers, for every thread of this process, those that run already among them. Without it the
+/// first tile instruction is a SIGILL. Refused by kernels before 5.16, by sandboxes, and where a thread's alternate signal stack is too
+/// small for the larger frame. (https://docs.kernel.org/arch/x86/xstate.html; elsewhere than on Linux the tier is left out)
+bool amx_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 CpuFeatures detect_features() {
+  constexpr uint64_t kTiles = 0x60000;  // tile configuration and tile data
   constexpr uint64_t kYmm = 0x06;  // XMM and the upper halves of YMM
   constexpr uint64_t kZmm = 0xe6;  // and opmask, the upper halves of ZMM, ZMM16 to ZMM31
   const uint64_t saved = saved_states();
@@ -55,6 +73,9 @@ CpuFeatures detect_features() {
   features.avx512bw = zmm && bit(leaf7.ebx, 30);
   features.avx512vl = zmm && bit(leaf7.ebx, 31);
   features.avx512_vnni = zmm && bit(leaf7.ecx, 11);
+  const bool tiles = (saved & kTiles) == kTiles && bit(leaf7.edx, 24) && amx_permitted();
+  features.amx_tile = tiles;
+  features.amx_int8 = tiles && bit(leaf7.edx, 25);
   return features;
 }
 
@@ -67,17 +88,18 @@ CpuFeatures detect_features() { return {}; }
 Isa lowered_by_environment(Isa best) {
   const char* value = std::getenv("PROBQUANT_ISA");
   if (value == nullptr || *value == '\0') return best;
-  for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx512vnni}) {
+  for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx512vnni, Isa::amx}) {
     if (std::strcmp(value, isa_name(isa)) == 0) return std::min(best, isa);
   }
   throw Error(std::string("the environment variable PROBQUANT_ISA is '") + value +
-              "', wanted reference, avx2 or avx512vnni");
+              "', wanted reference, avx2, avx512vnni or amx");
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx: return "amx";
     case Isa::avx512vnni: return "avx512vnni";
     case Isa::avx2: return "avx2";
     case Isa::reference: break;
@@ -108,7 +130,9 @@ std::string cpu_model_name() {
 }
 
 Isa compiled_isa() {
-#if defined(PROBQUANT_HAVE_AVX512VNNI)
+#if defined(PROBQUANT_HAVE_AMX)
+  return Isa::amx;
+#elif defined(PROBQUANT_HAVE_AVX512VNNI)
   return Isa::avx512vnni;
 #elif defined(PROBQUANT_HAVE_AVX2)
   return Isa::avx2;
@@ -121,7 +145,7 @@ Isa detected_isa() {
   const CpuFeatures& f = cpu_features();
   if (!(f.avx2 && f.fma && f.f16c)) return Isa::reference;
   if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni)) return Isa::avx2;
-  return Isa::avx512vnni;
+  return f.amx_tile && f.amx_int8 ? Isa::amx : Isa::avx512vnni;
 }
 
 Isa selected_isa() {

@@ -12,6 +12,7 @@ enum class Isa {
   reference,   ///< portable C++
   avx2,        ///< AVX2, FMA, F16C
   avx512vnni,  ///< AVX-512 F, BW, DQ, VL and VNNI
+  amx,         ///< and AMX-INT8
 };
 
 const char* isa_name(Isa isa);
@@ -20,6 +21,7 @@ const char* isa_name(Isa isa);
 struct CpuFeatures {
   bool avx2 = false, fma = false, f16c = false, avx_vnni = false;
   bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false, avx512_vnni = false;
+  bool amx_tile = false, amx_int8 = false;  ///< and the operating system lets this process use the tiles' registers
 };
 
 const CpuFeatures& cpu_features();
@@ -30,7 +32,7 @@ std::string cpu_model_name();
 Isa compiled_isa();
 Isa detected_isa();
 
-/// min(compiled_isa(), detected_isa()), lowered by the environment variable PROBQUANT_ISA (reference, avx2 or avx512vnni),
+/// min(compiled_isa(), detected_isa()), lowered by the environment variable PROBQUANT_ISA (reference, avx2, avx512vnni or amx),
 /// which can never raise it. Read at the first call; throws Error for any other value.
 Isa selected_isa();
 

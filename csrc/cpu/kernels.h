@@ -181,6 +181,7 @@ extern const Kernels kReferenceKernels;
 // An ISA's table.cpp overwrites the entries it has; the others stay as the ISA below left them.
 void install_avx2(Kernels& table);
 void install_avx512vnni(Kernels& table);
+void install_amx(Kernels& table);
 
 /// The table of the selected ISA (features.h).
 const Kernels& kernels();

@@ -8,7 +8,7 @@
 
 namespace {
 
-int rank(const std::string& isa) { return isa == "avx512vnni" ? 2 : isa == "avx2" ? 1 : 0; }
+int rank(const std::string& isa) { return isa == "amx" ? 3 : isa == "avx512vnni" ? 2 : isa == "avx2" ? 1 : 0; }
 
 bool expect(bool condition, const char* what) {
   if (!condition) std::fprintf(stderr, "failed: %s\n", what);
@@ -21,7 +21,7 @@ bool check_error() {
   } catch (const probquant::Error& error) {
     const std::string message = error.what();
     return expect(message.find("PROBQUANT_ISA is 'sse9'") != std::string::npos, "the error names variable and value") &
-           expect(message.find("reference, avx2 or avx512vnni") != std::string::npos, "the error names what was wanted");
+           expect(message.find("reference, avx2, avx512vnni or amx") != std::string::npos, "the error names what was wanted");
   }
   return expect(false, "an unknown PROBQUANT_ISA is an error");
 }

@@ -36,6 +36,12 @@ inline std::vector<Kernels> tables() {
     all.push_back(table);
   }
 #endif
+#if defined(PROBQUANT_HAVE_AMX)
+  if (detected_isa() >= Isa::amx) {
+    install_amx(table);
+    all.push_back(table);
+  }
+#endif
   return all;
 }
 

@@ -1,0 +1,445 @@
+// The epilogue of dense layers in AVX-512, for what multiplies with its own vectors and for AMX: the tile's own, which requantizes
+// 4 rows at a time, and one from memory for everything else (curved activations, invalid samples, floats, accumulators). Everything has
+// internal linkage.
+#pragma once
+#include "../dense_driver.h"
+#include "epilogue.h"
+
+namespace probquant {
+namespace {
+
+enum class Output { codes, floats, accumulators };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogue of a tile: requantize, clamp, count, store
+
+/// Constants of a sample's epilogue.
+struct SampleConstants {
+  bool plain;       ///< valid, with an activation that the tile's own epilogue knows
+  bool low_clips;   ///< values below the range count as clipped
+  bool high_clips;  ///< likewise above
+  float multiplier, inverse_scale, residual_multiplier, activation_lo, lo_edge, hi_edge;
+  int32_t residual_zero_point, zero_point, hi;
+  int32_t least, most;  ///< codes that the activation lets through
+
+  void set(const SampleEpilogue& e, const LayerProblem& p) {
+    const float lo = -static_cast<float>(e.y_zero_point);
+    multiplier = e.multiplier;
+    inverse_scale = e.inverse_scale;
+    residual_multiplier = e.residual_multiplier;
+    activation_lo = e.activation_lo;
+    residual_zero_point = e.residual_zero_point;
+    zero_point = e.y_zero_point;
+    hi = 255 - e.y_zero_point;
+    lo_edge = lo - 0.5f;
+    hi_edge = lo + 255.5f;
+    low_clips = !(e.activation_lo >= lo_edge);
+    high_clips = !(e.activation_hi <= hi_edge);
+    plain = e.valid && p.activation == Activation::clamp && !p.profiled_bounds() && e.activation_lo <= hi_edge && e.activation_hi >= lo_edge && (high_clips || !low_clips);
+    least = code(e.activation_lo);
+    most = code(e.activation_hi);
+  }
+
+ private:
+  int32_t code(float t) const {
+    const float lo = -static_cast<float>(zero_point), top = static_cast<float>(hi);
+    t = t > lo ? t : lo;
+    return _mm_cvtss_si32(_mm_set_ss(t < top ? t : top)) + zero_point;
+  }
+};
+
+/// Moments of a run of tiles within one sample.
+struct Moments {
+  CodeSums sums;
+  __m512i inside = _mm512_setzero_si512();  ///< values that were not clipped, per lane
+  int64_t values = 0;                       ///< values written
+};
+/// Values after which moments are flushed, between tiles. A tile of one row uses a quarter of the lanes of the sums, one of a
+/// few channels less still, and a lane holds 66,000 times 255 * 127 in any case.
+constexpr int64_t kFlushAfter = 50000;
+
+struct TileOutput {
+  const uint8_t* block;     ///< headers of the panel
+  int64_t channels;         ///< of the panel that exist
+  const int64_t* row;       ///< output rows
+  int64_t stride;           ///< bytes of an output row
+  uint8_t* y;               ///< of the panel's first channel
+  const uint8_t* residual;  ///< likewise
+  const SampleConstants* const* samples;  ///< of each row; of the first, when all rows lie in one sample
+  Moments* moments;                       ///< all rows in one sample
+  int64_t* const* counters;               ///< of each row, otherwise
+};
+
+/// Dwords of two packed blocks in the order of rows 0 and 1 (add 2 for rows 2 and 3); of one block in the order of rows.
+alignas(64) constexpr int32_t kRowPairOrder[16] = {0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
+alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+
+/// Requantizes the rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
+/// 128 bits hold 4 channels of row 0, of row 1, and so on. Clamping to the activation's bounds commutes with rounding, so
+/// it happens on packed codes. A value above the range is replaced by the range's end before the conversion, which could
+/// overflow; one far below, or a NaN, converts to INT_MIN and saturates in the packs.
+/// kLow says how values below the range are known: not at all (the activation lifts them all), or by a comparison, of t
+/// itself or of what the activation leaves of it (which serves for every sample).
+enum class Low { lifted, compared, either };
+
+template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+struct Requantizer {
+  const TileOutput out;
+  const SampleConstants one;  ///< of the first row
+  __m512 scale[kBlocks], bias[kBlocks];
+  __mmask16 last_lanes;   ///< channels of the last block
+  uint64_t last_bytes;    ///< the same, of a packed vector
+  CodeSums sums;
+  __m512i inside;
+
+  __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes) : out(output), one(*output.samples[0]) {
+    const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
+    last_lanes = first_lanes16(last_channels);
+    last_bytes = 0;
+#pragma GCC unroll 4
+    for (int lane = 0; lane < 4; ++lane) last_bytes |= static_cast<uint64_t>((last_lanes >> (4 * lane) & 15) * 0x1111) << (16 * lane);
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlocks; ++j) {
+      const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * block_bytes);
+      scale[j] = _mm512_loadu_ps(header->scale);
+      bias[j] = _mm512_loadu_ps(header->bias);
+      if (!kOneSample) continue;
+      scale[j] = _mm512_mul_ps(_mm512_set1_ps(one.multiplier), scale[j]);
+      bias[j] = _mm512_mul_ps(_mm512_set1_ps(one.inverse_scale), bias[j]);
+    }
+    if (kOneSample) {
+      sums = out.moments->sums;
+      inside = out.moments->inside;
+    }
+  }
+
+  template <int first>
+  __attribute__((always_inline)) void rows(const __m512i (&acc)[kRows][kBlocks]) {
+    constexpr int count = kRows - first < 4 ? kRows - first : 4;
+    constexpr uint64_t existing = count == 4 ? ~uint64_t{0} : 0x0001000100010001u * ((1u << (4 * count)) - 1);
+    __m512i q[kBlocks];
+    int64_t counted[4] = {0, 0, 0, 0};
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlocks; ++j) {
+      const bool is_last = j == kBlocks - 1;
+      __m512i code[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if (i >= count) {
+          code[i] = _mm512_setzero_si512();
+          continue;
+        }
+        const SampleConstants& c = kOneSample ? one : *out.samples[first + i];
+        __m512 t = _mm512_cvtepi32_ps(acc[first + i][j]);
+        if (kOneSample) t = _mm512_fmadd_ps(t, scale[j], bias[j]);
+        else t = _mm512_fmadd_ps(t, _mm512_mul_ps(_mm512_set1_ps(c.multiplier), scale[j]), _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), bias[j]));
+        if (kResidual && out.residual) {
+          const uint8_t* at = out.residual + out.row[first + i] * out.stride + j * kBlockChannels;
+          const __m128i bytes = is_last ? _mm_maskz_loadu_epi8(last_lanes, at) : _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(c.residual_zero_point));
+          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(c.residual_multiplier), t);
+        }
+        const __mmask16 not_above = _mm512_cmp_ps_mask(t, _mm512_set1_ps(c.hi_edge), _CMP_NGT_UQ);
+        __mmask16 unclipped = is_last ? static_cast<__mmask16>(not_above & last_lanes) : not_above;
+        if (kLow == Low::compared) unclipped = _mm512_mask_cmp_ps_mask(unclipped, t, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
+        if (kLow == Low::either) {
+          const __m512 lifted = _mm512_max_ps(t, _mm512_set1_ps(c.activation_lo));
+          unclipped = _mm512_mask_cmp_ps_mask(unclipped, lifted, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
+        }
+        if (kOneSample) inside = _mm512_mask_sub_epi32(inside, unclipped, inside, _mm512_set1_epi32(-1));
+        else counted[i] += __builtin_popcount(unclipped);
+        code[i] = _mm512_mask_cvtps_epi32(_mm512_set1_epi32(c.hi), not_above, t);
+        if (kOneSample) continue;
+        code[i] = _mm512_max_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(c.zero_point)), _mm512_set1_epi32(c.least));
+        code[i] = _mm512_min_epi32(code[i], _mm512_set1_epi32(c.most));
+      }
+      __m512i a = _mm512_packs_epi32(code[0], code[1]), b = _mm512_packs_epi32(code[2], code[3]);
+      const uint64_t bytes = is_last ? last_bytes & existing : existing;
+      if (kOneSample) {
+        const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(one.zero_point));
+        a = _mm512_packus_epi16(_mm512_adds_epi16(a, zero_point), _mm512_adds_epi16(b, zero_point));
+        a = _mm512_max_epu8(a, _mm512_set1_epi8(static_cast<char>(one.least)));
+        q[j] = _mm512_maskz_min_epu8(_cvtu64_mask64(bytes), a, _mm512_set1_epi8(static_cast<char>(one.most)));
+      } else {
+        q[j] = _mm512_maskz_packus_epi16(_cvtu64_mask64(bytes), a, b);
+      }
+      sums.add(q[j]);
+    }
+    store<first, count>(q);
+    if (!kOneSample) count_rows<first, count>(counted);
+  }
+
+  __attribute__((always_inline)) void finish() {
+    if (!kOneSample) return;
+    out.moments->sums = sums;
+    out.moments->inside = inside;
+    out.moments->values += kRows * out.channels;
+  }
+
+ private:
+  template <int first, int count>
+  __attribute__((always_inline)) void store(const __m512i (&q)[kBlocks]) {
+    uint8_t* y[count];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) y[i] = out.y + out.row[first + i] * out.stride;
+#pragma GCC unroll 2
+    for (int j = 0; j + 1 < kBlocks; j += 2) {
+      const __mmask32 lanes = j + 2 == kBlocks ? 0xffff | (static_cast<uint32_t>(last_lanes) << 16) : 0xffffffff;
+#pragma GCC unroll 2
+      for (int i = 0; i < count; i += 2) {
+        const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(i));
+        const __m512i two = _mm512_permutex2var_epi32(q[j], order, q[j + 1]);
+        _mm256_mask_storeu_epi8(y[i] + j * kBlockChannels, lanes, _mm512_castsi512_si256(two));
+        if (i + 1 < count) _mm256_mask_storeu_epi8(y[i + 1] + j * kBlockChannels, lanes, _mm512_extracti64x4_epi64(two, 1));
+      }
+    }
+    if (kBlocks % 2 == 1) {
+      constexpr int64_t j = kBlocks - 1;
+      const __m512i four = _mm512_permutexvar_epi32(_mm512_load_si512(kRowOrder), q[j]);
+      _mm_mask_storeu_epi8(y[0] + j * kBlockChannels, last_lanes, _mm512_castsi512_si128(four));
+      if (count > 1) _mm_mask_storeu_epi8(y[count > 1 ? 1 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 1));
+      if (count > 2) _mm_mask_storeu_epi8(y[count > 2 ? 2 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 2));
+      if (count > 3) _mm_mask_storeu_epi8(y[count > 3 ? 3 : 0] + j * kBlockChannels, last_lanes, _mm512_extracti32x4_epi32(four, 3));
+    }
+  }
+
+  /// Dword i of each 128 bits of the sums belongs to row first + i.
+  template <int first, int count>
+  __attribute__((always_inline)) void count_rows(const int64_t (&counted)[4]) {
+    alignas(16) int32_t sum[4], product[4];
+    add_lanes(sums.sum, sum);
+    add_lanes(sums.product, product);
+    sums = CodeSums();
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      int64_t* counter = out.counters[first + i];
+      counter[kStatsSum] += sum[i];
+      counter[kStatsSquares] += product[i] + 128 * int64_t{sum[i]};
+      if (out.samples[first + i]->high_clips) counter[kStatsClipped] += out.channels - counted[i];
+    }
+  }
+
+  static void add_lanes(__m512i v, int32_t (&to)[4]) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogue from memory: what is left, and layer_requantize
+
+/// q - zero point of a residual.
+inline __m512 residual_values(const uint8_t* residual, const SampleEpilogue& e, __mmask16 lanes) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual)), _mm512_set1_epi32(e.residual_zero_point)));
+}
+
+/// layer_value() of 16 channels.
+inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
+                           __mmask16 lanes) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale));
+  __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, _mm512_loadu_ps(header.bias));
+  if (residual) y = _mm512_fmadd_ps(residual_values(residual, e, lanes), _mm512_set1_ps(e.residual_scale), y);
+  y = _mm512_mul_ps(y, _mm512_loadu_ps(header.profile));
+  if (p.activation != Activation::clamp) return activate_ps(p.activation, y);
+  return clamp_ps(y, _mm512_set1_ps(p.activation_min), _mm512_set1_ps(p.activation_max));
+}
+
+/// output_value() of 16 channels.
+inline __m512 output_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
+                            __mmask16 lanes) {
+  const __m512 value = _mm512_cvtepi32_ps(acc), scale = _mm512_loadu_ps(header.scale), bias = _mm512_loadu_ps(header.bias);
+  const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale), inverse_profile = _mm512_loadu_ps(header.inverse_profile);
+  if (p.activation != Activation::clamp) {
+    const __m512 y = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.x_scale), scale), bias);
+    return _mm512_mul_ps(activate_ps(p.activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile))), _mm512_mul_ps(inverse_scale, inverse_profile));
+  }
+  __m512 t = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.multiplier), scale), _mm512_mul_ps(inverse_scale, bias));
+  if (residual) t = _mm512_fmadd_ps(residual_values(residual, e, lanes), _mm512_set1_ps(e.residual_multiplier), t);
+  __m512 lo = _mm512_set1_ps(e.activation_lo), hi = _mm512_set1_ps(e.activation_hi);
+  if (p.profiled_bounds()) {
+    lo = _mm512_mul_ps(lo, inverse_profile);
+    hi = _mm512_mul_ps(hi, inverse_profile);
+  }
+  return clamp_ps(t, lo, hi);
+}
+
+/// Finishes what the register tiles leave, and gathers statistics.
+class DenseEpilogue {
+ public:
+  DenseEpilogue(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
+
+  void start_weights(const uint8_t*, int64_t, int64_t) {}
+
+  /// Rows [begin, end) follow, of at most kChunkSamples samples.
+  void start_chunk(int64_t begin, int64_t end) {
+    if (output != Output::codes) return;
+    chunk_sample = begin / p.rows_per_sample;
+    chunk_samples = (end - 1) / p.rows_per_sample + 1 - chunk_sample;
+    for (int64_t i = 0; i < chunk_samples; ++i) {
+      constants[i].set(p.samples[chunk_sample + i], p);
+      for (int64_t& counter : counters[i]) counter = 0;
+    }
+  }
+
+  void start_tile(const Tile& tile) {
+    at_once = output == Output::codes;
+    for (int i = 0; at_once && i < (tile.one_sample ? 1 : tile.rows); ++i) {
+      const int64_t at = tile.sample[i] - chunk_sample;
+      samples[i] = &constants[at];
+      row_counters[i] = counters[at];
+      at_once = samples[i]->plain;
+    }
+    if (output == Output::codes && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
+  }
+
+  /// Finishes rows from accumulators in memory, [row_step] per row.
+  void finish(const int64_t* row, const int64_t* sample, int rows, const int32_t* acc, int64_t row_step, const Panel& panel) {
+    for (int i = 0; i < rows; ++i) {
+      const SampleEpilogue& e = p.samples[sample[i]];
+      if (output == Output::codes && (sample[i] != current_sample || current.values >= kFlushAfter)) start_sample(sample[i]);
+      const Rounding rounding(e.y_zero_point);
+      for (int64_t j = 0; j < panel.blocks; ++j) {
+        const int64_t at = row[i] * channels + panel.channel + j * kBlockChannels;
+        const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
+        const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+        const __m512i a = _mm512_maskz_loadu_epi32(lanes, acc + i * row_step + j * kBlockChannels);
+        const uint8_t* residual = p.residual ? p.residual + at : nullptr;
+        if (output == Output::codes) {
+          finish_codes(a, header, e, rounding, residual, lanes, at);
+          continue;
+        }
+        if (output == Output::floats) {
+          _mm512_mask_storeu_ps(p.y_float + at, lanes, layer_values(a, header, e, p, residual, lanes));
+          continue;
+        }
+        const __m512 y = output_values(a, header, e, p, residual, lanes);
+        _mm512_mask_storeu_epi32(p.accumulators + at, lanes, a);
+        if (sample[i] != range_sample) flush_range(sample[i]);
+        range_lo = _mm512_mask_min_ps(range_lo, lanes, y, range_lo);
+        range_hi = _mm512_mask_max_ps(range_hi, lanes, y, range_hi);
+        range_nan = static_cast<__mmask16>(range_nan | _mm512_mask_cmp_ps_mask(lanes, y, y, _CMP_UNORD_Q));
+      }
+    }
+  }
+
+  /// A whole row of `quantized`, from memory.
+  void finish_row(int64_t row, int64_t sample, const int32_t* acc, const Panel& panel) {
+    finish(&row, &sample, 1, acc, 0, panel);
+    if (p.channel_stats) add_channel_stats(&row, &sample, 1, panel);
+  }
+
+  void end_panel() {
+    if (p.channel_stats) flush_channels();
+  }
+
+  void end_chunk() {
+    if (output == Output::accumulators) flush_range(-1);
+    if (output != Output::codes) return;
+    flush_run();
+    flush_channels();
+    current_sample = -1;
+    for (int64_t i = 0; i < chunk_samples; ++i)
+      for (int64_t column = 0; column < kStatsSample; ++column)
+        if (counters[i][column]) add(stats_row(chunk_sample + i) + column, counters[i][column]);
+  }
+
+ protected:
+  static void add(int64_t* counter, int64_t value) { __atomic_fetch_add(counter, value, __ATOMIC_RELAXED); }
+  int64_t* stats_row(int64_t sample) const { return p.stats + sample * (kStatsSample + (p.channel_stats ? 2 * channels : 0)); }
+
+  void finish_codes(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const Rounding& rounding, const uint8_t* residual, __mmask16 lanes,
+                    int64_t at) {
+    current.values += __builtin_popcount(lanes);
+    if (!e.valid) {
+      _mm_mask_storeu_epi8(p.y + at, lanes, _mm_setzero_si128());
+      current.inside = _mm512_mask_sub_epi32(current.inside, lanes, current.inside, _mm512_set1_epi32(-1));
+      return;
+    }
+    const __m512 t = output_values(acc, header, e, p, residual, lanes);
+    const __m128i q = _mm_maskz_mov_epi8(lanes, _mm512_cvtepi32_epi8(rounding.codes(t)));
+    _mm_mask_storeu_epi8(p.y + at, lanes, q);
+    current.sums.add(_mm512_zextsi128_si512(q));
+    const auto inside = static_cast<__mmask16>(lanes & ~rounding.clipped(t));
+    current.inside = _mm512_mask_sub_epi32(current.inside, inside, current.inside, _mm512_set1_epi32(-1));
+  }
+
+  void start_sample(int64_t sample) {
+    flush_run();
+    current_sample = sample;
+  }
+
+  void flush_run() {
+    if (current.values == 0) return;
+    const int64_t at = current_sample - chunk_sample;
+    int64_t* counter = counters[at];
+    current.sums.flush(counter[kStatsSum], counter[kStatsSquares]);
+    if (constants[at].high_clips || !constants[at].plain) counter[kStatsClipped] += current.values - _mm512_reduce_add_epi32(current.inside);
+    current.inside = _mm512_setzero_si512();
+    current.values = 0;
+  }
+
+  // Moments per channel, from the codes just written; only on request.
+
+  void add_channel_stats(const int64_t* row, const int64_t* sample, int rows, const Panel& panel) {
+    for (int i = 0; i < rows; ++i) {
+      if (sample[i] != channel_sample || panel.channel != channel_first) {
+        flush_channels();
+        channel_sample = sample[i];
+        channel_first = panel.channel;
+        channel_count = panel.channels;
+      }
+      for (int64_t j = 0; j < panel.blocks; ++j) {
+        const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+        const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, p.y + row[i] * channels + panel.channel + j * kBlockChannels));
+        channel_sums[j] = _mm512_add_epi32(channel_sums[j], q);
+        channel_squares[j] = _mm512_add_epi32(channel_squares[j], _mm512_madd_epi16(q, q));
+      }
+    }
+  }
+
+  void flush_channels() {
+    if (channel_sample < 0) return;
+    int64_t* stats = stats_row(channel_sample) + kStatsSample + channel_first;
+    for (int64_t c = 0; c < channel_count; ++c) {
+      add(stats + c, reinterpret_cast<const uint32_t*>(channel_sums)[c]);
+      add(stats + channels + c, reinterpret_cast<const uint32_t*>(channel_squares)[c]);
+    }
+    for (int64_t j = 0; j < kPanelBlocks; ++j) channel_sums[j] = channel_squares[j] = _mm512_setzero_si512();
+    channel_sample = -1;
+  }
+
+  void flush_range(int64_t next) {
+    if (range_sample >= 0) {
+      float* range = p.range + 2 * range_sample;
+      atomic_widen(range, range_nan ? __builtin_nanf("") : _mm512_reduce_min_ps(range_lo), _mm512_reduce_max_ps(range_hi));
+    }
+    range_sample = next;
+    range_lo = _mm512_set1_ps(__builtin_inff());
+    range_hi = _mm512_set1_ps(-__builtin_inff());
+    range_nan = 0;
+  }
+
+  const LayerProblem& p;
+  const Output output;
+  const int64_t channels;
+
+  int64_t chunk_sample = 0, chunk_samples = 0;
+  SampleConstants constants[kChunkSamples + 1];
+  int64_t counters[kChunkSamples + 1][kStatsSample];
+
+  int64_t current_sample = -1;  ///< whose moments are in `current`
+  Moments current;
+  bool at_once = false;                       ///< the tile's own epilogue serves
+  const SampleConstants* samples[kTileRows];  ///< of the tile's rows
+  int64_t* row_counters[kTileRows];
+
+  int64_t channel_sample = -1, channel_first = 0, channel_count = 0;
+  __m512i channel_sums[kPanelBlocks] = {}, channel_squares[kPanelBlocks] = {};
+
+  int64_t range_sample = -1;
+  __m512 range_lo, range_hi;
+  __mmask16 range_nan = 0;
+};
+
+}  // namespace
+}  // namespace probquant
