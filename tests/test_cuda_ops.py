@@ -175,6 +175,22 @@ def test_pools(shape, strategy):
     assert_same_bytes(ops.adaptive_avg_pool2d(*x, [1], *range_), ops.adaptive_avg_pool2d(*on_cuda(x), [1], *on_cuda(range_)))
 
 
+@pytest.mark.parametrize("strategy", ["FIXED", "DYNAMIC", "GAUSSIAN"])
+@pytest.mark.parametrize("shape", [(2, 64, 56, 56), (3, 17, 9, 7), (1, 300, 1, 1)])
+def test_ops_without_weights(shape, strategy):
+    rng = torch.Generator().manual_seed(4)
+    x, other = random_codes(rng, shape), random_codes(rng, shape)
+    strategy, fixed = int(probquant.Strategy[strategy]), torch.tensor([0.02, 100.0]) if strategy == "FIXED" else None
+    both = (*x, *other, 0.0, 6.0, strategy, torch.tensor([3.0, 3.0, 0.2]) if strategy == probquant.Strategy.GAUSSIAN else fixed, True)
+    assert_same_bytes(ops.add(*both), ops.add(*on_cuda(both)))
+    for activation in range(5):
+        arguments = (*x[:3], activation, -1.0, 1.5, strategy, fixed, True)
+        assert_same_bytes(ops.activation(*arguments), ops.activation(*on_cuda(arguments)))
+    lists = [[a, b, a] for a, b in zip(x[:3], other[:3], strict=True)]
+    assert_same_bytes(ops.concat(*lists, strategy, fixed, True), ops.concat(*map(on_cuda, lists), strategy, *on_cuda([fixed]), True))
+    assert_same_bytes(ops.upsample_nearest2d(*x[:3], [2, 3], True), ops.upsample_nearest2d(*on_cuda(x[:3]), [2, 3], True))
+
+
 def test_runs_on_the_current_stream():
     x = noise((8, 64, 56, 56), torch.float32)
     wanted = ops.quantize(x)

@@ -8,13 +8,6 @@
 namespace probquant {
 namespace {
 
-void check_shape(const AttentionShape& s) {
-  require(s.batch >= 0 && s.queries >= 0 && s.keys > 0 && s.heads > 0 && s.head_dim > 0, "attention: batch ", s.batch, ", queries ", s.queries, ", keys ",
-          s.keys, ", heads ", s.heads, ", head_dim ", s.head_dim, ", want keys, heads and head_dim > 0");
-  require(s.keys <= kMaxAttentionSum && s.head_dim <= kMaxAttentionSum, "attention: ", s.keys, " keys of head_dim ", s.head_dim,
-          " overflow the int32 sums, want at most ", kMaxAttentionSum, " of both");
-}
-
 /// Images whose keys and values are packed at once.
 int64_t images_at_once(const AttentionShape& s, const Executor& executor) {
   return std::min<int64_t>(s.batch, std::max(1, executor.threads));
@@ -27,17 +20,14 @@ bool valid_tokens(const QuantizedInput& x, int64_t begin, int64_t count) {
 }  // namespace
 
 int64_t attention_workspace_bytes(const AttentionShape& s, const Executor& executor) {
-  check_shape(s);
+  check_attention_shape(s);
   const PairLayout keys{s.head_dim, s.keys}, values{s.keys, s.head_dim};
   return images_at_once(s, executor) * s.heads * (keys.size() + values.size()) * static_cast<int64_t>(sizeof(int16_t));
 }
 
 void attention(const AttentionShape& s, const AttentionArguments& a, const Executor& executor) {
-  check_shape(s);
-  check_range("attention", a.range, 0);
-  require(a.scale > 0.0f && is_finite(a.scale), "attention: scale ", std::to_string(a.scale), ", want finite and > 0");
+  check_attention(s, a);
   if (s.batch == 0 || s.queries == 0) return;
-  require(a.workspace != nullptr, "attention: workspace is null, want attention_workspace_bytes bytes");
   AttentionProblem p{s, a.query, a.key, a.value, a.scale, static_cast<int16_t*>(a.workspace)};
   const int64_t tiles = (s.queries + kAttentionQueries - 1) / kAttentionQueries, images = images_at_once(s, executor), channels = s.channels();
   for (p.image_begin = 0; p.image_begin < s.batch; p.image_begin += images) {

@@ -10,6 +10,11 @@ namespace {
 /// Longest sum whose int32 accumulator cannot overflow: K * 255 * 127 < 2^31, rounded down.
 constexpr int64_t kMaxSum = 66000;
 
+void check_sizes(const char* op, int64_t samples, int64_t count, int64_t channels) {
+  require(samples >= 0 && channels > 0 && count >= 0 && count % channels == 0, op, ": samples ", samples, ", ", count, " values of ", channels,
+          " channels do not fit together");
+}
+
 }  // namespace
 
 void check_window(const char* op, const Conv2dShape& s) {
@@ -58,6 +63,61 @@ void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int
   require(batch >= 0 && in_height > 0 && in_width > 0 && channels > 0 && out_height > 0 && out_width > 0, "adaptive_average_pool2d: input [", batch,
           ", ", in_height, ", ", in_width, ", ", channels, "], output (", out_height, ", ", out_width, "), want positive sizes");
   check_range("average pool", range, 0);
+}
+
+void check_add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
+               float activation_max, const RangeArguments& range) {
+  check_sizes("add", samples, count, channels);
+  check_range("add", range, 3);
+  require(activation_min <= activation_max, "add: activation_min is above activation_max");
+  require(samples == 0 || range.strategy != Strategy::gaussian || (a.stats && b.stats), "add: the gaussian strategy needs the stats of both inputs");
+}
+
+void check_activation(int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,
+                      const RangeArguments& range) {
+  check_sizes("activation", samples, count, channels);
+  check_range("activation", range, 0);
+  require(kind != Activation::clamp || activation_min <= activation_max, "activation: activation_min is above activation_max");
+}
+
+int64_t check_concat(const int64_t* channels, int64_t input_count, int64_t samples, int64_t positions, const RangeArguments& range) {
+  require(input_count > 0, "concat: no inputs");
+  check_range("concat", range, 0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < input_count; ++i) {
+    require(channels[i] > 0, "concat: input ", i, " has ", channels[i], " channels, want > 0");
+    total += channels[i];
+  }
+  require(samples >= 0 && positions >= 0, "concat: negative size [", samples, ", ", positions, "]");
+  return total;
+}
+
+void check_upsample(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width) {
+  const auto fits = [](int64_t size, int64_t factor) { return size > 0 && factor > 0 && size <= kMaxExtent / factor; };
+  require(batch >= 0 && channels > 0 && fits(in_height, factor_height) && fits(in_width, factor_width), "upsample_nearest2d: input [", batch, ", ",
+          in_height, ", ", in_width, ", ", channels, "], scale_factor (", factor_height, ", ", factor_width, "), want positive sizes, and at most ",
+          kMaxExtent, " pixels along an axis of the output");
+}
+
+void check_layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& a) {
+  require(rows >= 0 && channels > 0, "layer_norm: size [", rows, ", ", channels, "], want rows >= 0 and channels > 0");
+  require(a.eps >= 0.0f && is_finite(a.eps), "layer_norm: eps ", std::to_string(a.eps), ", want finite and >= 0");
+  if (a.range.strategy != Strategy::none) check_range("layer_norm", a.range, 0);
+  else check_predictor("layer_norm", a.range.strategy, a.range.predictor, a.range.predictor_size, 0);
+}
+
+void check_attention_shape(const AttentionShape& s) {
+  require(s.batch >= 0 && s.queries >= 0 && s.keys > 0 && s.heads > 0 && s.head_dim > 0, "attention: batch ", s.batch, ", queries ", s.queries, ", keys ",
+          s.keys, ", heads ", s.heads, ", head_dim ", s.head_dim, ", want keys, heads and head_dim > 0");
+  require(s.keys <= kMaxAttentionSum && s.head_dim <= kMaxAttentionSum, "attention: ", s.keys, " keys of head_dim ", s.head_dim,
+          " overflow the int32 sums, want at most ", kMaxAttentionSum, " of both");
+}
+
+void check_attention(const AttentionShape& s, const AttentionArguments& a) {
+  check_attention_shape(s);
+  check_range("attention", a.range, 0);
+  require(a.scale > 0.0f && is_finite(a.scale), "attention: scale ", std::to_string(a.scale), ", want finite and > 0");
+  require(s.batch == 0 || s.queries == 0 || a.workspace != nullptr, "attention: workspace is null, want attention_workspace_bytes bytes");
 }
 
 void check_layer_shape(const Conv2dShape& s) {

@@ -94,6 +94,17 @@ void check_pool(Pool kind, const Conv2dShape& shape, const RangeArguments& range
 void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t out_height, int64_t out_width,
                          const RangeArguments& range);
 
+/// Checks what the ops without weights are given; check_concat returns the channels of the output.
+void check_add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
+               float activation_max, const RangeArguments& range);
+void check_activation(int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,
+                      const RangeArguments& range);
+int64_t check_concat(const int64_t* channels, int64_t input_count, int64_t samples, int64_t positions, const RangeArguments& range);
+void check_upsample(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width);
+void check_layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& arguments);
+void check_attention_shape(const AttentionShape& shape);
+void check_attention(const AttentionShape& shape, const AttentionArguments& arguments);
+
 /// Quantizes one row [channels] that is a sample of its own: fixed, or its exact range. `valid`: the scales it was made from are.
 void quantize_row(const float* x, int64_t row, int64_t channels, bool valid, const RangeArguments& range, const QuantizedOutput& y);
 

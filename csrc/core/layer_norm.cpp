@@ -7,11 +7,8 @@
 namespace probquant {
 
 void layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& a, const Executor& executor) {
-  require(rows >= 0 && channels > 0, "layer_norm: size [", rows, ", ", channels, "], want rows >= 0 and channels > 0");
-  require(a.eps >= 0.0f && is_finite(a.eps), "layer_norm: eps ", std::to_string(a.eps), ", want finite and >= 0");
+  check_layer_norm(rows, channels, a);
   const bool quantized = a.range.strategy != Strategy::none;
-  if (quantized) check_range("layer_norm", a.range, 0);
-  else check_predictor("layer_norm", a.range.strategy, a.range.predictor, a.range.predictor_size, 0);
   const LayerNormProblem p{channels, a.x.q, a.x_float, a.residual, a.weight, a.bias, a.eps};
   parallel_for(executor, rows, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(2 * channels));

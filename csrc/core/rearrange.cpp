@@ -8,10 +8,7 @@ namespace probquant {
 
 void upsample_nearest2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width,
                         const QuantizedInput& x, const QuantizedOutput& y, const Executor& executor) {
-  const auto fits = [](int64_t size, int64_t factor) { return size > 0 && factor > 0 && size <= kMaxExtent / factor; };
-  require(batch >= 0 && channels > 0 && fits(in_height, factor_height) && fits(in_width, factor_width), "upsample_nearest2d: input [", batch, ", ",
-          in_height, ", ", in_width, ", ", channels, "], scale_factor (", factor_height, ", ", factor_width, "), want positive sizes, and at most ",
-          kMaxExtent, " pixels along an axis of the output");
+  check_upsample(batch, in_height, in_width, channels, factor_height, factor_width);
   clear_stats(y, batch, channels);
   pass_qparams(x, y, batch);
   const int64_t row = in_width * channels, out_row = row * factor_width;

@@ -76,6 +76,58 @@ void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels,
   launch_moments(checked_partition("moments", samples, count / channels, channels), q, channel_stats, stats, stream);
 }
 
+int64_t elementwise_workspace_bytes(int64_t samples, int64_t count, int64_t channels, Strategy strategy) {
+  require(channels > 0, "elementwise_workspace_bytes: channels ", channels, ", want > 0");
+  return strategy == Strategy::dynamic ? checked_partition("elementwise", samples, count / channels, channels).blocks() * static_cast<int64_t>(sizeof(Range)) : 0;
+}
+
+void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min, float activation_max,
+         const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream) {
+  check_add(a, b, samples, count, channels, activation_min, activation_max, range);
+  const Partition p = checked_partition("add", samples, count / channels, channels);
+  if (samples == 0) return;
+  require(range.strategy != Strategy::dynamic || workspace != nullptr, "add: the dynamic strategy needs a workspace");
+  clear_stats("add", p, y, stream);
+  launch_add(p, {a, b, activation_min, activation_max}, range.strategy, range.predictor, static_cast<Range*>(workspace), y, stream);
+}
+
+void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,
+                const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream) {
+  check_activation(samples, count, channels, kind, activation_min, activation_max, range);
+  const Partition p = checked_partition("activation", samples, count / channels, channels);
+  if (samples == 0) return;
+  require(range.strategy != Strategy::dynamic || workspace != nullptr, "activation: the dynamic strategy needs a workspace");
+  clear_stats("activation", p, y, stream);
+  const bool measures = range.strategy == Strategy::dynamic && count > 0;  // without values: all codes
+  launch_activation(p, {x, kind, activation_min, activation_max}, range.strategy == Strategy::fixed ? range.predictor : nullptr,
+                    measures ? static_cast<Range*>(workspace) : nullptr, y, stream);
+}
+
+void concat(const QuantizedInput* inputs, const int64_t* channels, int64_t input_count, int64_t samples, int64_t positions, const RangeArguments& range,
+            const QuantizedOutput& y, void* stream) {
+  const int64_t total = check_concat(channels, input_count, samples, positions, range);
+  require(input_count <= kMaxConcatInputs, "concat: ", input_count, " inputs, CUDA kernels take at most ", kMaxConcatInputs);
+  const Partition p = checked_partition("concat", samples, positions, total);
+  if (samples == 0) return;
+  ConcatArguments a{};
+  a.count = static_cast<int32_t>(input_count);
+  for (int64_t i = 0; i < input_count; ++i) {
+    a.inputs[i] = {inputs[i].q, inputs[i].scale, inputs[i].zero_point};
+    a.channels[i] = channels[i];
+  }
+  clear_stats("concat", p, y, stream);
+  launch_concat(p, a, range.strategy == Strategy::fixed ? range.predictor : nullptr, y, stream);
+}
+
+void upsample_nearest2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width,
+                        const QuantizedInput& x, const QuantizedOutput& y, void* stream) {
+  check_upsample(batch, in_height, in_width, channels, factor_height, factor_width);
+  const Partition p = checked_partition("upsample_nearest2d", batch, in_height * in_width, channels);
+  if (batch == 0) return;
+  clear_stats("upsample_nearest2d", p, y, stream);
+  launch_upsample(p, {in_width, factor_height, factor_width}, x, y, stream);
+}
+
 int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy) {
   const Partition p = checked_partition("pool", batch, out_height * out_width, channels);
   return strategy == Strategy::fixed ? 0 : p.blocks() * static_cast<int64_t>(sizeof(Range));

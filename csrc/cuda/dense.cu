@@ -233,7 +233,7 @@ class Dense {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) mma_m16n8k32(accumulators_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < kColumnTiles; ++j) mma_m16n8k32<int8_t>(accumulators_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
 

@@ -104,6 +104,45 @@ void launch_max_pool(const Partition& partition, const MaxPool& pool, const Quan
 void launch_average_pool(const Partition& partition, const AverageWindows& windows, const QuantizedInput& x, const float* predictor, Range* partials,
                          const QuantizedOutput& y, void* stream);
 
+/// add.cu: the partition is that of a sample's values; stats must be zero. The dynamic strategy goes through one Range per block in
+/// `partials`.
+struct AddArguments {
+  QuantizedInput a, b;
+  float activation_min, activation_max;
+};
+void launch_add(const Partition& partition, const AddArguments& arguments, Strategy strategy, const float* predictor, Range* partials,
+                const QuantizedOutput& y, void* stream);
+
+/// activation.cu: the same; parameters are those of `fixed`, or from the codes that occur, through `partials`, or, where both are null,
+/// from all codes.
+struct ActivationArguments {
+  QuantizedInput x;
+  Activation kind;
+  float activation_min, activation_max;
+};
+void launch_activation(const Partition& partition, const ActivationArguments& arguments, const float* fixed, Range* partials, const QuantizedOutput& y,
+                       void* stream);
+
+/// concat.cu: the partition is that of the output; stats must be zero. As many inputs as a kernel's 4 KiB of parameters have room for.
+inline constexpr int64_t kMaxConcatInputs = 64;
+struct ConcatArguments {
+  struct Input {
+    const uint8_t* q;
+    const float* scale;
+    const int32_t* zero_point;
+  };
+  int32_t count;
+  Input inputs[kMaxConcatInputs];
+  int64_t channels[kMaxConcatInputs];
+};
+void launch_concat(const Partition& partition, const ConcatArguments& arguments, const float* fixed, const QuantizedOutput& y, void* stream);
+
+/// upsample.cu: the partition is that of the input; stats must be zero.
+struct Upsample {
+  int64_t in_width, factor_height, factor_width;
+};
+void launch_upsample(const Partition& partition, const Upsample& upsample, const QuantizedInput& x, const QuantizedOutput& y, void* stream);
+
 /// runtime.cpp: fills with zero bytes, on the stream; `op` names the caller in errors.
 void clear(const char* op, void* data, int64_t bytes, void* stream);
 

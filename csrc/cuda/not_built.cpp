@@ -19,6 +19,17 @@ void pack_weight(const WeightShape&, const int8_t*, const float*, const float*, 
 int64_t conv2d_workspace_bytes(const Conv2dShape&, Strategy, int64_t) { refuse("conv2d"); }
 void conv2d(const Conv2dShape&, const LayerArguments&, void*) { refuse("conv2d"); }
 void surrogate_law(const Conv2dShape&, const LayerArguments&, float*, void*) { refuse("surrogate_law"); }
+int64_t elementwise_workspace_bytes(int64_t, int64_t, int64_t, Strategy) { refuse("add"); }
+void add(const QuantizedInput&, const QuantizedInput&, int64_t, int64_t, int64_t, float, float, const RangeArguments&, const QuantizedOutput&, void*, void*) {
+  refuse("add");
+}
+void activation(const QuantizedInput&, int64_t, int64_t, int64_t, Activation, float, float, const RangeArguments&, const QuantizedOutput&, void*, void*) {
+  refuse("activation");
+}
+void concat(const QuantizedInput*, const int64_t*, int64_t, int64_t, int64_t, const RangeArguments&, const QuantizedOutput&, void*) { refuse("concat"); }
+void upsample_nearest2d(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const QuantizedInput&, const QuantizedOutput&, void*) {
+  refuse("upsample_nearest2d");
+}
 int64_t pool_workspace_bytes(int64_t, int64_t, int64_t, int64_t, Strategy) { refuse("pool2d"); }
 void pool2d(Pool, const Conv2dShape&, bool, const QuantizedInput&, const RangeArguments&, const QuantizedOutput&, void*, void*) { refuse("pool2d"); }
 void adaptive_average_pool2d(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const QuantizedInput&, const RangeArguments&, const QuantizedOutput&,

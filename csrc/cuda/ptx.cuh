@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #if !defined(__CUDACC__)
 #include <ptx_on_cpu.h>
@@ -57,24 +58,34 @@ __device__ inline void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t row) {
                : "memory");
 }
 
-/// c[16 x 8] += a[16 x 32] b[32 x 8] on the tensor cores, uint8 times int8 in int32: mma.m16n8k32 (sm_80), exact and wrapping.
+/// c[16 x 8] += a[16 x 32] b[32 x 8] on the tensor cores, uint8 times B (int8_t or uint8_t) in int32: mma.m16n8k32 (sm_80), exact and
+/// wrapping.
 /// Lane l holds, with g = l / 4 and t = l % 4:  a: rows g, g + 8 (k = 4t..), rows g, g + 8 (k = 16 + 4t..);
 /// b: column g, k = 4t.. and 16 + 4t..;  c: row g, columns 2t, 2t + 1, then row g + 8.
 /// sm_75 has mma.m8n8k16 only: four of them, on the same fragments.
-__device__ inline void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class B>
+__device__ void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#define PROBQUANT_MMA(type)                                                                                                                         \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8." type ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                                                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_signed_v<B>) PROBQUANT_MMA("s8");
+  else PROBQUANT_MMA("u8");
 #else
+#define PROBQUANT_MMA(type)                                                                   \
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.u8." type ".s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
+      : "+r"(c[2 * half]), "+r"(c[2 * half + 1])                                             \
+      : "r"(a[2 * k + half]), "r"(k == 0 ? b0 : b1))
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-      asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-          : "+r"(c[2 * half]), "+r"(c[2 * half + 1])
-          : "r"(a[2 * k + half]), "r"(k == 0 ? b0 : b1));
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (std::is_signed_v<B>) PROBQUANT_MMA("s8");
+      else PROBQUANT_MMA("u8");
+    }
 #endif
+#undef PROBQUANT_MMA
 }
 
 /// dp4a.u32.s32: sum of four products of unsigned with signed bytes; __dp4a has only equal signs.

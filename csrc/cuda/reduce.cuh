@@ -63,8 +63,9 @@ struct Moments {
 };
 
 /// Adds the block's moments to its sample's row of stats: one atomic per column and block. Integer sums do not depend on
-/// the order. Once per kernel: it ends without a barrier.
-__device__ inline void add_to_stats(const Partition& p, const Place& place, const Moments& moments, bool channel_stats, int64_t* stats_row) {
+/// the order. Each value counts `times` times. Once per kernel: it ends without a barrier.
+__device__ inline void add_to_stats(const Partition& p, const Place& place, const Moments& moments, bool channel_stats, int64_t* stats_row,
+                                    int64_t times = 1) {
   using Sum = unsigned long long;
   __shared__ Sum of_warp[kStatsSample][kMaxWarps];
   __shared__ uint32_t of_thread[2][kMaxThreads];  // by [position_lane][channel_lane]
@@ -82,7 +83,7 @@ __device__ inline void add_to_stats(const Partition& p, const Place& place, cons
   if (threadIdx.x < kStatsSample) {
     Sum total = 0;
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += of_warp[threadIdx.x][warp];
-    atomicAdd(columns + threadIdx.x, total);
+    atomicAdd(columns + threadIdx.x, total * static_cast<Sum>(times));
   }
   if (channel_stats && place.position_lane == 0 && place.channel < p.channels) {
     Sum sum = 0, squares = 0;
@@ -90,8 +91,8 @@ __device__ inline void add_to_stats(const Partition& p, const Place& place, cons
       sum += of_thread[0][lane * p.channel_lanes + place.channel_lane];
       squares += of_thread[1][lane * p.channel_lanes + place.channel_lane];
     }
-    atomicAdd(columns + kStatsSample + place.channel, sum);
-    atomicAdd(columns + kStatsSample + p.channels + place.channel, squares);
+    atomicAdd(columns + kStatsSample + place.channel, sum * static_cast<Sum>(times));
+    atomicAdd(columns + kStatsSample + p.channels + place.channel, squares * static_cast<Sum>(times));
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../cpu/kernels.h"
+#include "../core/elementwise.h"
 #include "../core/float_formats.h"
 
 namespace probquant {
@@ -178,8 +179,7 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
   *lo = kInfinity;
   *hi = -kInfinity;
   for (int64_t i = 0; i < count; ++i) {
-    const float y = layer_value(a[i] - s.x_zero_point, {1.0f, 0.0f}, b[i] - s.residual_zero_point, s, Activation::clamp, activation_min,
-                                activation_max, true);
+    const float y = add_value(a[i], b[i], s, activation_min, activation_max);
     *lo = min_f(y, *lo);
     *hi = max_f(y, *hi);
   }
@@ -188,7 +188,7 @@ void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEp
 void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
          bool channel_stats) {
   for (int64_t i = 0; i < count; ++i) {
-    const Code code = requantize(a[i] - s.x_zero_point, {1.0f, 0.0f}, b[i] - s.residual_zero_point, s, Activation::clamp, true);
+    const Code code = add_code(a[i], b[i], s);
     y[i] = code.q;
     count_code(code, i % channels, channels, channel_stats, stats);
   }

@@ -2,13 +2,14 @@
 // case: without CUDA kernels a call says so.
 #include <probquant/cuda.h>
 
+#include "elementwise_ops.h"
 #include "layer_ops.h"
 #include "pool_ops.h"
 
 namespace probquant::ops {
 namespace {
 
-/// CUDA's layers and pools (layer_ops.h, pool_ops.h).
+/// CUDA's ops (elementwise_ops.h, layer_ops.h, pool_ops.h).
 class Cuda {
  public:
   explicit Cuda(const Tensor& first) : guard_(first.device_index()), stream_(stable::current_cuda_stream(first.device_index())) {}
@@ -22,6 +23,25 @@ class Cuda {
   }
   void conv2d(const Conv2dShape& shape, const LayerArguments& a) const { cuda::conv2d(shape, a, stream_); }
   void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law) const { cuda::surrogate_law(shape, a, law, stream_); }
+  static int64_t elementwise_workspace_bytes(int64_t samples, int64_t count, int64_t channels, Strategy strategy) {
+    return cuda::elementwise_workspace_bytes(samples, count, channels, strategy);
+  }
+  template <class... Arguments>
+  void add(const Arguments&... arguments) const {
+    cuda::add(arguments..., stream_);
+  }
+  template <class... Arguments>
+  void activation(const Arguments&... arguments) const {
+    cuda::activation(arguments..., stream_);
+  }
+  template <class... Arguments>
+  void concat(const Arguments&... arguments) const {
+    cuda::concat(arguments..., stream_);
+  }
+  template <class... Arguments>
+  void upsample_nearest2d(const Arguments&... arguments) const {
+    cuda::upsample_nearest2d(arguments..., stream_);
+  }
   static int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy) {
     return cuda::pool_workspace_bytes(batch, out_height, out_width, channels, strategy);
   }
@@ -70,6 +90,10 @@ const stable::RegisterAtLoad register_at_load{[] {
   library.implement<&linear<Cuda>>("linear");
   library.implement<&conv2d<Cuda>>("conv2d");
   library.implement<&surrogate_law<Cuda>>("surrogate_law");
+  library.implement<&add<Cuda>>("add");
+  library.implement<&activation<Cuda>>("activation");
+  library.implement<&concat<Cuda>>("concat");
+  library.implement<&upsample_nearest2d<Cuda>>("upsample_nearest2d");
   library.implement<&max_pool2d<Cuda>>("max_pool2d");
   library.implement<&avg_pool2d<Cuda>>("avg_pool2d");
   library.implement<&adaptive_avg_pool2d<Cuda>>("adaptive_avg_pool2d");

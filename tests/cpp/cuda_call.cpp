@@ -46,6 +46,12 @@ int main() {
   report("packed_weight_bytes", [&] { probquant::cuda::packed_weight_bytes(probquant::weight_shape(layer)); });
   report("pack_weight", [&] { probquant::cuda::pack_weight(probquant::weight_shape(layer), weight, values, nullptr, nullptr, packed, nullptr); });
   report("conv2d", [&] { probquant::cuda::conv2d(layer, arguments, nullptr); });
+  const probquant::RangeArguments range{probquant::Strategy::fixed, predictor, 2};
+  const int64_t channels[1] = {2};
+  report("add", [&] { probquant::cuda::add(codes, codes, 1, 2, 2, -1, 1, range, y, nullptr, nullptr); });
+  report("activation", [&] { probquant::cuda::activation(codes, 1, 2, 2, probquant::Activation::gelu, -1, 1, range, y, nullptr, nullptr); });
+  report("concat", [&] { probquant::cuda::concat(&codes, channels, 1, 1, 1, range, y, nullptr); });
+  report("upsample_nearest2d", [&] { probquant::cuda::upsample_nearest2d(1, 1, 1, 2, 1, 1, codes, y, nullptr); });
   report("a missing predictor", [&] {
     arguments.predictor_size = 1;
     probquant::cuda::conv2d(layer, arguments, nullptr);

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "cudart.h"
 
@@ -62,6 +63,15 @@ struct Problem {
   }
   void quantize() { cuda::quantize(x, nullptr, nullptr, y, workspace, stream); }
   void dequantize() { cuda::dequantize(q, kSamples, kCount, DType::float32, values, stream); }
+  RangeArguments dynamic{Strategy::dynamic, nullptr, 0};
+  void add() { cuda::add(q, q, kSamples, kCount, kChannels, 0.0f, 6.0f, dynamic, y, workspace, stream); }
+  void activation() { cuda::activation(q, kSamples, kCount, kChannels, Activation::gelu, 0.0f, 6.0f, dynamic, y, workspace, stream); }
+  void concat() {
+    const QuantizedInput inputs[] = {q, q};
+    const int64_t channels[] = {kChannels - 1, 1};
+    cuda::concat(inputs, channels, 2, kSamples, kRows * kColumns, dynamic, y, stream);
+  }
+  void upsample() { cuda::upsample_nearest2d(kSamples, kRows, kColumns, kChannels, 1, 1, q, y, stream); }
   void moments() { cuda::moments(y.q, kSamples, kCount, kChannels, false, y.stats, stream); }
 };
 
@@ -75,6 +85,13 @@ void test_arguments() {
   expect_error("thread blocks", false, [&] { p.quantize(); });
   expect_error("negative size", false, [&] { cuda::dequantize(p.q, -1, 4, DType::float32, p.values, p.stream); });
   expect_error("is none of float32", false, [&] { cuda::dequantize(p.q, 1, 4, static_cast<DType>(9), p.values, p.stream); });
+  p.workspace = nullptr;
+  expect_error("add: the dynamic strategy needs a workspace", false, [&] { p.add(); });
+  expect_error("activation: the dynamic strategy needs a workspace", false, [&] { p.activation(); });
+  const std::vector<QuantizedInput> many(65, p.q);
+  const std::vector<int64_t> channels(65, 1);
+  expect_error("65 inputs, CUDA kernels take at most 64", false, [&] { cuda::concat(many.data(), channels.data(), 65, 1, 1, p.dynamic, p.y, p.stream); });
+  expect_error("scale_factor (0, 1)", false, [&] { cuda::upsample_nearest2d(1, 2, 2, 1, 0, 1, p.q, p.y, p.stream); });
   expect_error("channels 2 does not divide", false, [&] { cuda::moments(p.y.q, 1, 3, 2, false, p.y.stats, p.stream); });
 }
 
@@ -83,6 +100,8 @@ void test_stream() {
   enqueued().clear();
   p.quantize(), p.dequantize(), p.moments();
   expect(enqueued().size() >= 6, "quantize clears, measures and writes, dequantize writes, moments clears and adds");
+  p.add(), p.activation(), p.concat(), p.upsample();
+  expect(enqueued().size() >= 16, "add and activation clear, measure and write, concat and upsampling clear and write");
   for (const auto& e : enqueued()) expect(e.stream == p.stream, e.what + " is on another stream");
 }
 

@@ -4,7 +4,7 @@
 //   kernels_test [forward|backward|random] [seed]        exit status 0 if all is equal
 #include <probquant/cuda.h>
 
-#include "buffers.h"
+#include "codes.h"
 #include "core/float_formats.h"
 #include "core/numerics.h"
 #include "cuda/launch.h"
@@ -14,7 +14,9 @@ namespace {
 using namespace probquant;
 
 using cuda_on_cpu::Buffer;
+using cuda_on_cpu::compare;
 using cuda_on_cpu::fail;
+using cuda_on_cpu::Outputs;
 using cuda_on_cpu::random_bits;
 using cuda_on_cpu::random_float;
 
@@ -75,34 +77,17 @@ struct Image {
   }
 };
 
-/// The four outputs of an op.
-struct Outputs {
-  Buffer q, scale, zero_point, stats;
-  bool channel_stats;
-
-  Outputs(const Shape& s, bool with_channels, uint8_t garbage)
-      : q(s.samples * s.count(), garbage),
-        scale(s.samples * 4, garbage),
-        zero_point(s.samples * 4, garbage),
-        stats(s.samples * 8 * stats_columns(s.channels, with_channels), garbage),
-        channel_stats(with_channels) {}
-  QuantizedOutput pointers() { return {q.as<uint8_t>(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), channel_stats}; }
-};
-
 void test_quantize(const Shape& s, DType dtype, Layout layout, Values values, bool channel_stats, const float* scale, const int32_t* zero_point) {
   ++cases;
   Image x(s, dtype, layout, values);
-  Outputs wanted(s, channel_stats, 0x11), got(s, channel_stats, 0xee);
+  Outputs wanted(s.samples, s.count(), s.channels, channel_stats, 0x11), got(s.samples, s.count(), s.channels, channel_stats, 0xee);
   quantize(x.view, scale, zero_point, wanted.pointers(), serial_executor());
   Buffer workspace(cuda::quantize_workspace_bytes(x.view, scale != nullptr), 0xcc);
   const Buffer device_scale(scale, 1), device_zero_point(zero_point, 1);
   cuda::quantize(x.view, device_scale.as<float>(), device_zero_point.as<int32_t>(), got.pointers(), workspace.as<void>(), nullptr);
   const std::string what = "quantize " + text(s) + " " + name(dtype) + ", " + kValueNames[static_cast<int>(values)] + ", layout " +
                            std::to_string(static_cast<int>(layout)) + (channel_stats ? ", channel stats" : "") + (scale ? ", given scale" : "");
-  if (!wanted.scale.same(got.scale)) fail(what + ": scale");
-  if (!wanted.zero_point.same(got.zero_point)) fail(what + ": zero_point");
-  if (!wanted.q.same(got.q)) fail(what + ": q");
-  if (!wanted.stats.same(got.stats)) fail(what + ": stats");
+  compare(what, wanted, got);
 }
 
 void test_dequantize(int64_t samples, int64_t count, DType dtype) {

@@ -5,53 +5,25 @@
 //   layers_test [forward|backward|random] [seed]        exit status 0 if all is equal
 #include <probquant/cuda.h>
 
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 
-#include "buffers.h"
+#include "codes.h"
 #include "core/front_end.h"
 #include "cuda/launch.h"
 
 namespace {
 
 using namespace probquant;
+using cuda_on_cpu::Activations;
 using cuda_on_cpu::Buffer;
+using cuda_on_cpu::compare;
 using cuda_on_cpu::fail;
+using cuda_on_cpu::Outputs;
 using cuda_on_cpu::random_bits;
 using cuda_on_cpu::random_float;
+using cuda_on_cpu::same_floats;
 
 int cases = 0;
-
-/// A quantized tensor with random parameters, some of them at their ends.
-struct Activations {
-  Buffer q, scale, zero_point, stats;
-
-  Activations(int64_t sample_count, int64_t count, int64_t channels, bool wild, int64_t misalignment)
-      : q(sample_count * count + misalignment, 1),
-        scale(4 * sample_count, 2),
-        zero_point(4 * sample_count, 3),
-        stats(8 * stats_columns(channels, true) * sample_count, 4),
-        columns(stats_columns(channels, true)),
-        offset(misalignment) {
-    const uint32_t kind = random_bits() % 4;
-    for (int64_t i = 0; i < sample_count * count; ++i) data()[i] = static_cast<uint8_t>(kind == 0 ? random_bits() % 2 * 255 : random_bits() >> 8);
-    const int32_t zero_points[] = {0, 255, 128, 7};
-    const float bad[] = {kNan, kInfinity, 0.0f, -1.0f};
-    for (int64_t n = 0; n < sample_count; ++n) {
-      scale.as<float>()[n] = std::ldexp(1.0f + static_cast<float>(random_bits() % 1000) / 1000, -static_cast<int>(random_bits() % 8));
-      zero_point.as<int32_t>()[n] = zero_points[random_bits() % 4];
-      if (wild && random_bits() % 3 == 0) scale.as<float>()[n] = bad[random_bits() % 4];
-      if (wild && random_bits() % 3 == 0) zero_point.as<int32_t>()[n] = random_bits() % 2 ? -9 : 1000;
-    }
-    moments(data(), sample_count, count, channels, true, stats.as<int64_t>(), serial_executor());
-  }
-  uint8_t* data() { return q.as<uint8_t>() + offset; }
-  QuantizedInput input() { return {data(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), columns}; }
-
- private:
-  int64_t columns, offset;
-};
 
 /// A layer's weight, in the CPU's and in CUDA's form.
 struct Weight {
@@ -74,18 +46,13 @@ struct Weight {
   }
 };
 
-struct Outputs {
-  Buffer q, scale, zero_point, stats, floats;
-  bool channel_stats;
+/// With the floats of Strategy::none.
+struct LayerOutputs : Outputs {
+  Buffer floats;
 
-  Outputs(const Conv2dShape& s, bool with_channels, uint8_t garbage)
-      : q(s.batch * s.out_height() * s.out_width() * s.out_channels, garbage),
-        scale(s.batch * 4, garbage),
-        zero_point(s.batch * 4, garbage),
-        stats(s.batch * 8 * stats_columns(s.out_channels, with_channels), garbage),
-        floats(s.batch * s.out_height() * s.out_width() * s.out_channels * 4, garbage),
-        channel_stats(with_channels) {}
-  QuantizedOutput pointers() { return {q.as<uint8_t>(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), channel_stats}; }
+  LayerOutputs(const Conv2dShape& s, bool with_channels, uint8_t garbage)
+      : Outputs(s.batch, s.out_height() * s.out_width() * s.out_channels, s.out_channels, with_channels, garbage),
+        floats(s.batch * s.out_height() * s.out_width() * s.out_channels * 4, garbage) {}
 };
 
 struct Options {
@@ -101,22 +68,6 @@ std::string text(const Conv2dShape& s, const Options& o) {
          number(s.kernel_height) + number(s.kernel_width) + "stride " + number(s.stride_height) + number(s.stride_width) + "groups " + number(s.groups) +
          "] strategy " + number(static_cast<int64_t>(o.strategy)) + "activation " + number(static_cast<int64_t>(o.activation)) +
          (o.residual ? "residual " : "") + (o.bounds ? "bounds " : "") + (o.wild ? "wild " : "") + "gamma " + number(o.gamma);
-}
-
-/// Floats with the same bits, or both NaN: which NaN an operation gives differs between processors.
-bool same_floats(const Buffer& a, const Buffer& b, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = a.as<float>()[i], y = b.as<float>()[i];
-    if (std::memcmp(&x, &y, sizeof x) != 0 && !(std::isnan(x) && std::isnan(y))) return false;
-  }
-  return true;
-}
-
-void compare(const std::string& what, Outputs& wanted, Outputs& got) {
-  if (!wanted.scale.same(got.scale)) fail(what + ": scale");
-  if (!wanted.zero_point.same(got.zero_point)) fail(what + ": zero_point");
-  if (!wanted.q.same(got.q)) fail(what + ": q");
-  if (!wanted.stats.same(got.stats)) fail(what + ": stats");
 }
 
 void test_layer(const Conv2dShape& s, const Options& o) {
@@ -147,7 +98,7 @@ void test_layer(const Conv2dShape& s, const Options& o) {
   a.predictor_size = values;
   a.gamma = o.gamma;
   LayerArguments on_cuda = a;
-  Outputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
+  LayerOutputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
   Buffer wide(conv2d_workspace_bytes(s, o.strategy), 0xaa), workspace(cuda::conv2d_workspace_bytes(s, o.strategy, o.gamma), 0xcc);
   a.packed_weight = weight.on_cpu.as<uint8_t>(), a.y = wanted.pointers(), a.y_float = wanted.floats.as<float>(), a.workspace = wide.as<void>();
   on_cuda.packed_weight = weight.on_cuda.as<uint8_t>(), on_cuda.y = got.pointers(), on_cuda.y_float = got.floats.as<float>();
@@ -171,7 +122,7 @@ void test_layer(const Conv2dShape& s, const Options& o) {
   if (s.batch == 0 || cuda::PackedLayout(weight_shape(s)).depthwise) return;
   const char* const names[] = {"large", "medium", "small"};
   for (const cuda::DenseTile tile : {cuda::DenseTile::large, cuda::DenseTile::medium, cuda::DenseTile::small}) {
-    Outputs again(s, o.channel_stats, 0xdd);
+    LayerOutputs again(s, o.channel_stats, 0xdd);
     on_cuda.y = again.pointers();
     for (int64_t n = 0; n < s.batch; ++n) {
       again.scale.as<float>()[n] = wanted.scale.as<float>()[n];
@@ -208,7 +159,7 @@ void test_pool(const Conv2dShape& s, const Options& o, Pool kind, bool count_inc
   const Buffer given(predictor, 2);
   const bool fixed = o.strategy == Strategy::fixed;
   const RangeArguments range{o.strategy, fixed ? given.as<float>() : nullptr, fixed ? 2 : 0};
-  Outputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
+  LayerOutputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
   const int64_t height = s.out_height(), width = s.out_width();
   Buffer workspace(cuda::pool_workspace_bytes(s.batch, height, width, s.in_channels, o.strategy), 0xcc);
   if (adaptive) {

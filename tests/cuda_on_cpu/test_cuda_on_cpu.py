@@ -20,7 +20,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("order", [pytest.param(order, marks=() if order == "random" else pytest.mark.full) for order in ORDERS])
-@pytest.mark.parametrize("test", ["kernels_test", "layers_test"])
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test"])
 def test_kernels_give_the_cpus_bytes(build, leg, test, order):
     assert " 0 failures; " in run(build(leg(test)), order, 1)
 
@@ -30,7 +30,7 @@ def test_the_host_side(build, leg):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("test", ["kernels_test", "layers_test"])
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test"])
 def test_kernels_stay_in_bounds(build, test):
     assert " 0 failures; " in run(build(test, "sanitized", SANITIZE="address,undefined"), "random", 2)
 

@@ -16,6 +16,9 @@ ARCHITECTURES = [80, *(pytest.param(architecture, marks=pytest.mark.full) for ar
 # Kernel instances, registers per thread and bytes of static shared memory, at most. 64 registers let four blocks of 256
 # threads run on a multiprocessor: half of its threads, enough for kernels that are bound by memory.
 BUDGETS = {
+    "activation": (2, 64, 2816),
+    "add": (2, 64, 2304),
+    "concat": (1, 64, 2240),
     "dense": (4, 255, 0),
     "depthwise": (1, 128, 0),
     "dequantize": (3, 40, 0),
@@ -26,6 +29,7 @@ BUDGETS = {
     "predict": (2, 64, 6208),
     "quantize": (3, 64, 2304),
     "range": (3, 40, 64),
+    "upsample": (1, 64, 2240),
 }
 
 # Dense layers, by the rows, columns and gathering of their tile (csrc/cuda/heuristics.h): registers, so that the blocks per

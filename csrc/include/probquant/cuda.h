@@ -48,6 +48,28 @@ PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& argume
 PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments& arguments, float* law, void* stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Ops without weights
+
+/// Workspace of add and activation: partial ranges with the dynamic strategy, nothing with the others.
+PROBQUANT_API int64_t elementwise_workspace_bytes(int64_t samples, int64_t count, int64_t channels, Strategy strategy);
+
+/// As probquant::add; the workspace needs elementwise_workspace_bytes bytes, 8-byte aligned.
+PROBQUANT_API void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
+                       float activation_max, const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
+
+/// As probquant::activation, with the workspace of add.
+PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min,
+                              float activation_max, const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
+
+/// As probquant::concat; `inputs` and `channels` are host arrays. More than 64 inputs throw.
+PROBQUANT_API void concat(const QuantizedInput* inputs, const int64_t* channels, int64_t input_count, int64_t samples, int64_t positions,
+                          const RangeArguments& range, const QuantizedOutput& y, void* stream);
+
+/// As probquant::upsample_nearest2d.
+PROBQUANT_API void upsample_nearest2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width,
+                                      const QuantizedInput& x, const QuantizedOutput& y, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Pools
 
 /// Workspace of an average pool with this output: partial ranges, unless its parameters are fixed.

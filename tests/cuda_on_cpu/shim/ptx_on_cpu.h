@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../memory.h"
 
 namespace probquant::cuda {
@@ -38,10 +40,11 @@ inline void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t row, CUDA_ON_CPU_SITE)
   });
 }
 
-inline void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CUDA_ON_CPU_SITE) {
+template <class B>
+void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CUDA_ON_CPU_SITE) {
   ::cuda_on_cpu::MmaFragments<16, 8, 32> fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}, {}};
   for (size_t i = 0; i < 4; ++i) fragments.c[i] = static_cast<uint32_t>(c[i]);
-  const auto result = ::cuda_on_cpu::mma<16, 8, 32>({false, true}, fragments, site);
+  const auto result = ::cuda_on_cpu::mma<16, 8, 32>({false, std::is_signed_v<B>}, fragments, site);
   for (size_t i = 0; i < 4; ++i) c[i] = static_cast<int32_t>(result[i]);
 }
 
