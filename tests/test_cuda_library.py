@@ -33,7 +33,7 @@ def answers(tmp_path_factory):
     return dict(line.split(": ", 1) for line in lines)
 
 
-@pytest.mark.parametrize("name", ["quantize", "dequantize", "moments", "pack_weight", "conv2d", "add", "activation", "concat", "upsample_nearest2d"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "moments", "pack_weight", "conv2d", "add", "activation", "concat", "upsample_nearest2d", "layer_norm", "attention"])
 def test_the_error_says_what_is_missing(answers, name):
     assert answers[name].startswith(f"probquant: {name}: ")
     if CUDA:
@@ -52,7 +52,7 @@ def test_arguments_are_checked_before_the_device_is_asked(answers):
 
 @pytest.mark.parametrize(
     "op", ["quantize", "dequantize", "moments", "pack_weight", "linear", "conv2d", "surrogate_law", "add", "activation", "concat",
-           "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"])
+           "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "layer_norm", "attention"])
 def test_registered_for_cuda_tensors(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"probquant::{op}", "CUDA")
 

@@ -191,6 +191,33 @@ def test_ops_without_weights(shape, strategy):
     assert_same_bytes(ops.upsample_nearest2d(*x[:3], [2, 3], True), ops.upsample_nearest2d(*on_cuda(x[:3]), [2, 3], True))
 
 
+def random_tokens(rng, shape):
+    q = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    return q, torch.rand(shape[:-1], generator=rng) * 0.1 + 0.01, torch.randint(0, 256, shape[:-1], generator=rng, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("strategy", ["NONE", "FIXED", "DYNAMIC"])
+@pytest.mark.parametrize("shape", [(4, 197, 768), (7, 33), (5, 1500)])
+def test_layer_norm(shape, strategy):
+    rng = torch.Generator().manual_seed(5)
+    residual, weight, bias = torch.randn(shape, generator=rng), torch.randn(shape[-1], generator=rng), torch.randn(shape[-1], generator=rng)
+    fixed = torch.tensor([0.02, 100.0]) if strategy == "FIXED" else None
+    for x in (random_tokens(rng, shape), (torch.randn(shape, generator=rng), None, None)):
+        arguments = (*x, residual, weight, bias, 1e-6, True, int(probquant.Strategy[strategy]), fixed, strategy != "NONE")
+        assert_same_bytes(ops.layer_norm(*arguments), ops.layer_norm(*on_cuda(arguments)))
+
+
+@pytest.mark.parametrize("strategy", ["FIXED", "DYNAMIC"])
+@pytest.mark.parametrize("batch, queries, keys, heads, head_dim", [(2, 197, 197, 12, 64), (1, 49, 49, 4, 32), (3, 5, 300, 2, 80), (1, 17, 1025, 1, 7)])
+def test_attention(batch, queries, keys, heads, head_dim, strategy):
+    rng = torch.Generator().manual_seed(6)
+    tokens = [part for count in (queries, keys, keys) for part in random_tokens(rng, (batch, count, heads * head_dim))]
+    fixed = torch.tensor([0.02, 100.0]) if strategy == "FIXED" else None
+    for scale in (head_dim**-0.5, 1e-3):
+        arguments = (*tokens, heads, scale, int(probquant.Strategy[strategy]), fixed, True)
+        assert_same_bytes(ops.attention(*arguments), ops.attention(*on_cuda(arguments)))
+
+
 def test_runs_on_the_current_stream():
     x = noise((8, 64, 56, 56), torch.float32)
     wanted = ops.quantize(x)

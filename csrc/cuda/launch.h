@@ -6,6 +6,7 @@
 #include "../core/probe.h"
 #include "../core/surrogate.h"
 #include "../core/windows.h"
+#include "attention_layout.h"
 #include "heuristics.h"
 #include "packed_weight.h"
 #include "partition.h"
@@ -142,6 +143,12 @@ struct Upsample {
   int64_t in_width, factor_height, factor_width;
 };
 void launch_upsample(const Partition& partition, const Upsample& upsample, const QuantizedInput& x, const QuantizedOutput& y, void* stream);
+
+/// layer_norm.cu
+void launch_layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& arguments, void* stream);
+
+/// attention.cu: the workspace's invalid() must be zero.
+void launch_attention(const AttentionLayout& layout, const AttentionArguments& arguments, void* stream);
 
 /// runtime.cpp: fills with zero bytes, on the stream; `op` names the caller in errors.
 void clear(const char* op, void* data, int64_t bytes, void* stream);

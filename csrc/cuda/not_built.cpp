@@ -36,5 +36,8 @@ void adaptive_average_pool2d(int64_t, int64_t, int64_t, int64_t, int64_t, int64_
                              void*, void*) {
   refuse("adaptive_average_pool2d");
 }
+void layer_norm(int64_t, int64_t, const LayerNormArguments&, void*) { refuse("layer_norm"); }
+int64_t attention_workspace_bytes(const AttentionShape&) { refuse("attention"); }
+void attention(const AttentionShape&, const AttentionArguments&, void*) { refuse("attention"); }
 
 }  // namespace probquant::cuda

@@ -5,11 +5,12 @@
 #include "elementwise_ops.h"
 #include "layer_ops.h"
 #include "pool_ops.h"
+#include "transformer_ops.h"
 
 namespace probquant::ops {
 namespace {
 
-/// CUDA's ops (elementwise_ops.h, layer_ops.h, pool_ops.h).
+/// CUDA's ops (elementwise_ops.h, layer_ops.h, pool_ops.h, transformer_ops.h).
 class Cuda {
  public:
   explicit Cuda(const Tensor& first) : guard_(first.device_index()), stream_(stable::current_cuda_stream(first.device_index())) {}
@@ -42,6 +43,9 @@ class Cuda {
   void upsample_nearest2d(const Arguments&... arguments) const {
     cuda::upsample_nearest2d(arguments..., stream_);
   }
+  void layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& a) const { cuda::layer_norm(rows, channels, a, stream_); }
+  static int64_t attention_workspace_bytes(const AttentionShape& shape) { return cuda::attention_workspace_bytes(shape); }
+  void attention(const AttentionShape& shape, const AttentionArguments& a) const { cuda::attention(shape, a, stream_); }
   static int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy) {
     return cuda::pool_workspace_bytes(batch, out_height, out_width, channels, strategy);
   }
@@ -94,6 +98,8 @@ const stable::RegisterAtLoad register_at_load{[] {
   library.implement<&activation<Cuda>>("activation");
   library.implement<&concat<Cuda>>("concat");
   library.implement<&upsample_nearest2d<Cuda>>("upsample_nearest2d");
+  library.implement<&layer_norm<Cuda>>("layer_norm");
+  library.implement<&attention<Cuda>>("attention");
   library.implement<&max_pool2d<Cuda>>("max_pool2d");
   library.implement<&avg_pool2d<Cuda>>("avg_pool2d");
   library.implement<&adaptive_avg_pool2d<Cuda>>("adaptive_avg_pool2d");

@@ -52,6 +52,13 @@ int main() {
   report("activation", [&] { probquant::cuda::activation(codes, 1, 2, 2, probquant::Activation::gelu, -1, 1, range, y, nullptr, nullptr); });
   report("concat", [&] { probquant::cuda::concat(&codes, channels, 1, 1, 1, range, y, nullptr); });
   report("upsample_nearest2d", [&] { probquant::cuda::upsample_nearest2d(1, 1, 1, 2, 1, 1, codes, y, nullptr); });
+  probquant::LayerNormArguments norm;
+  norm.x = codes, norm.range = range, norm.y = y;
+  report("layer_norm", [&] { probquant::cuda::layer_norm(1, 2, norm, nullptr); });
+  const probquant::AttentionShape one{1, 1, 1, 1, 2};
+  probquant::AttentionArguments attention;
+  attention.query = attention.key = attention.value = codes, attention.scale = 1, attention.range = range, attention.y = y, attention.workspace = packed;
+  report("attention", [&] { probquant::cuda::attention(one, attention, nullptr); });
   report("a missing predictor", [&] {
     arguments.predictor_size = 1;
     probquant::cuda::conv2d(layer, arguments, nullptr);

@@ -72,6 +72,20 @@ struct Problem {
     cuda::concat(inputs, channels, 2, kSamples, kRows * kColumns, dynamic, y, stream);
   }
   void upsample() { cuda::upsample_nearest2d(kSamples, kRows, kColumns, kChannels, 1, 1, q, y, stream); }
+  void layer_norm() {
+    LayerNormArguments a;
+    a.x = q, a.range = dynamic, a.y = y;
+    cuda::layer_norm(kSamples, kChannels, a, stream);
+  }
+  void attention() {
+    const AttentionShape s{1, 1, 2, 3, 3};
+    AttentionArguments a;
+    a.query = a.key = a.value = q, a.scale = 1, a.range = dynamic, a.y = y;
+    a.workspace = operands == nullptr ? nullptr : operands + misalignment;
+    cuda::attention(s, a, stream);
+  }
+  uint8_t* operands = device_memory<uint8_t>(cuda::attention_workspace_bytes({1, 1, 2, 3, 3}));
+  int misalignment = 0;
   void moments() { cuda::moments(y.q, kSamples, kCount, kChannels, false, y.stats, stream); }
 };
 
@@ -91,6 +105,13 @@ void test_arguments() {
   const std::vector<QuantizedInput> many(65, p.q);
   const std::vector<int64_t> channels(65, 1);
   expect_error("65 inputs, CUDA kernels take at most 64", false, [&] { cuda::concat(many.data(), channels.data(), 65, 1, 1, p.dynamic, p.y, p.stream); });
+  p.misalignment = 8;
+  expect_error("workspace must be aligned to 16 bytes", false, [&] { p.attention(); });
+  p.operands = nullptr;
+  expect_error("attention: workspace is null", false, [&] { p.attention(); });
+  expect_error("want keys, heads and head_dim > 0", false, [&] { cuda::attention_workspace_bytes({1, 1, 0, 1, 1}); });
+  expect_error("layer_norm: size [1, 0]", false, [&] { cuda::layer_norm(1, 0, {}, p.stream); });
+  expect_error("at most 2097152 channels", false, [&] { cuda::layer_norm(1, 3000000, {}, p.stream); });
   expect_error("scale_factor (0, 1)", false, [&] { cuda::upsample_nearest2d(1, 2, 2, 1, 0, 1, p.q, p.y, p.stream); });
   expect_error("channels 2 does not divide", false, [&] { cuda::moments(p.y.q, 1, 3, 2, false, p.y.stats, p.stream); });
 }
@@ -100,8 +121,8 @@ void test_stream() {
   enqueued().clear();
   p.quantize(), p.dequantize(), p.moments();
   expect(enqueued().size() >= 6, "quantize clears, measures and writes, dequantize writes, moments clears and adds");
-  p.add(), p.activation(), p.concat(), p.upsample();
-  expect(enqueued().size() >= 16, "add and activation clear, measure and write, concat and upsampling clear and write");
+  p.add(), p.activation(), p.concat(), p.upsample(), p.layer_norm(), p.attention();
+  expect(enqueued().size() >= 21, "add and activation clear, measure and write, concat and upsampling clear and write, a norm writes, attention clears and runs thrice");
   for (const auto& e : enqueued()) expect(e.stream == p.stream, e.what + " is on another stream");
 }
 

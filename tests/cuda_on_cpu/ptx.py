@@ -583,6 +583,13 @@ class Function:
         signs = f"{'true' if a[0] == 's' else 'false'}, {'true' if b[0] == 's' else 'false'}"
         return self.write(to, f"dot4<{signs}>({self.read(x, 'b32')}, {self.read(y, 'b32')}, {self.read(z, 'b32')})")
 
+    def op_dp2a(self, i):
+        b, a = i.type("u32", "s32"), i.type("u32", "s32")
+        upper = "true" if i.need("lo", "hi") == "hi" else "false"
+        to, x, y, z = i.done(4)
+        signs = f"{'true' if a[0] == 's' else 'false'}, {'true' if b[0] == 's' else 'false'}"
+        return self.write(to, f"dot2<{signs}>({self.read(x, 'b32')}, {self.read(y, 'b32')}, {self.read(z, 'b32')}, {upper})")
+
     # ---- comparison and conversion
 
     def op_setp(self, i):

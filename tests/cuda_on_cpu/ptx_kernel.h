@@ -289,6 +289,16 @@ uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) {
   }
   return c;
 }
+/// Two 16-bit values of a times the lower or the upper two bytes of b.
+template <bool a_signed, bool b_signed>
+uint32_t dot2(uint32_t a, uint32_t b, uint32_t c, bool upper) {
+  for (int i = 0; i < 2; ++i) {
+    const auto x = static_cast<uint16_t>(a >> 16 * i);
+    const auto y = static_cast<uint8_t>(b >> (8 * i + (upper ? 16 : 0)));
+    c += static_cast<uint32_t>((a_signed ? static_cast<int16_t>(x) : x) * (b_signed ? static_cast<int8_t>(y) : y));
+  }
+  return c;
+}
 template <class To, class From>
 To saturate(From value) {
   const __int128 low = std::numeric_limits<To>::min(), high = std::numeric_limits<To>::max();

@@ -15,12 +15,14 @@ MUTANTS = {
     "overlooked_nan": ("kernels_test", "range.cu", ": -kInfinity;", ": r.lo;"),
     "padding_of_another_sample": ("layers_test", "dense.cu", "zero_point[sample])];", "zero_point[0])];"),
     "tiles_without_their_last_stage": ("layers_test", "dense.cu", "k_block < copied)", "k_block + 1 < copied)"),
+    "keys_beyond_the_last": ("transformers_test", "attention.cu", "exists ? exponential(h, logits[h]) : 0.0f;", "exponential(h, logits[h]);"),
+    "lanes_added_in_another_order": ("transformers_test", "attention.cu", "distance = 2; distance > 0; distance /= 2", "distance = 1; distance < 4; distance *= 2"),
     "turned_depthwise_taps": ("layers_test", "depthwise.cu", "low23, 0x5410), w.x", "low23, 0x7632), w.x"),
 }
 
 
 @pytest.mark.parametrize("order", [pytest.param(order, marks=() if order == "random" else pytest.mark.full) for order in ORDERS])
-@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test"])
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test", "transformers_test"])
 def test_kernels_give_the_cpus_bytes(build, leg, test, order):
     assert " 0 failures; " in run(build(leg(test)), order, 1)
 
@@ -30,7 +32,7 @@ def test_the_host_side(build, leg):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test"])
+@pytest.mark.parametrize("test", ["kernels_test", "layers_test", "ops_test", "transformers_test"])
 def test_kernels_stay_in_bounds(build, test):
     assert " 0 failures; " in run(build(test, "sanitized", SANITIZE="address,undefined"), "random", 2)
 

@@ -18,10 +18,12 @@ ARCHITECTURES = [80, *(pytest.param(architecture, marks=pytest.mark.full) for ar
 BUDGETS = {
     "activation": (2, 64, 2816),
     "add": (2, 64, 2304),
+    "attention": (3, 168, 21312),
     "concat": (1, 64, 2240),
     "dense": (4, 255, 0),
     "depthwise": (1, 128, 0),
     "dequantize": (3, 40, 0),
+    "layer_norm": (1, 168, 0),
     "moments": (1, 64, 2240),
     "pack": (2, 64, 64),
     "patch_sums": (2, 80, 0),

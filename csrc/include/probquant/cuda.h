@@ -84,4 +84,17 @@ PROBQUANT_API void adaptive_average_pool2d(int64_t batch, int64_t in_height, int
                                            int64_t out_width, const QuantizedInput& x, const RangeArguments& range, const QuantizedOutput& y,
                                            void* workspace, void* stream);
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Transformers
+
+/// As probquant::layer_norm. Rows of more than 2,097,152 channels throw.
+PROBQUANT_API void layer_norm(int64_t rows, int64_t channels, const LayerNormArguments& arguments, void* stream);
+
+/// Workspace of attention: its operands in the order of the tensor cores' fragments, and its output in float32 until a token's range is
+/// known. About 4 bytes per value of query, key and value, and 4 per value of the output.
+PROBQUANT_API int64_t attention_workspace_bytes(const AttentionShape& shape);
+
+/// As probquant::attention; arguments.workspace needs attention_workspace_bytes bytes, aligned to 16.
+PROBQUANT_API void attention(const AttentionShape& shape, const AttentionArguments& arguments, void* stream);
+
 }  // namespace probquant::cuda

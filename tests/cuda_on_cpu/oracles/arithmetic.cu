@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kCount = 4096, kResults = 34;
+constexpr int kCount = 4096, kResults = 37;
 int wrong = 0;
 
 __global__ void integers(const uint32_t* in, uint64_t* out) {
@@ -37,6 +37,9 @@ __global__ void integers(const uint32_t* in, uint64_t* out) {
   *r++ = static_cast<uint64_t>(__mul64hi(static_cast<int64_t>(a) << 32 | b, static_cast<int64_t>(c) << 32 | a));
   *r++ = static_cast<uint32_t>(__dp4a(sa, sb, static_cast<int32_t>(c)));
   *r++ = __dp4a(a, b, c);
+  *r++ = __dp2a_lo(a, b, c);
+  *r++ = __dp2a_hi(a, b, c);
+  *r++ = static_cast<uint32_t>(__dp2a_hi(sa, sb, static_cast<int32_t>(c)));
   *r++ = static_cast<uint64_t>(static_cast<int64_t>(sa) * sb);
   *r++ = a / (b | 1u);
   *r++ = a % (b | 1u);
@@ -104,6 +107,9 @@ void reference(uint32_t a, uint32_t b, uint32_t c, uint64_t* r) {
   *r++ = static_cast<uint64_t>(static_cast<__int128>(static_cast<int64_t>(a) << 32 | b) * (static_cast<int64_t>(c) << 32 | a) >> 64);
   *r++ = static_cast<uint32_t>(dot_signed) + c;
   *r++ = static_cast<uint32_t>(dot_unsigned) + c;
+  *r++ = (a & 0xffffu) * (b & 0xffu) + (a >> 16) * (b >> 8 & 0xffu) + c;
+  *r++ = (a & 0xffffu) * (b >> 16 & 0xffu) + (a >> 16) * (b >> 24) + c;
+  *r++ = static_cast<uint32_t>(static_cast<int16_t>(a) * static_cast<int8_t>(b >> 16) + static_cast<int16_t>(a >> 16) * static_cast<int8_t>(b >> 24)) + c;
   *r++ = static_cast<uint64_t>(static_cast<int64_t>(sa) * sb);
   *r++ = a / (b | 1u);
   *r++ = a % (b | 1u);
