@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import probquant
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
+sys.path.append(str(HERE.parents[1] / "benchmarks"))
+from machine_code import find_nvcc  # noqa: E402
 ORDERS = ("forward", "backward", "random")
 
 
@@ -30,11 +33,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(skip)
-
-
-def find_nvcc():
-    candidates = [os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 @pytest.fixture(scope="session")
