@@ -11,7 +11,7 @@ if str(_folder) not in __path__:
     __path__.append(str(_folder))
 
 from ._native import build_info, cpu_info
-from ._ops import Activation, Strategy, ops
+from ._ops import Activation, Strategy, ops, ops_library
 from .model import Capture, LayerInfo, QuantizedModel, load, save, validate
 from .quantize import capture, quantize
 from .telemetry import Telemetry
@@ -39,6 +39,7 @@ __all__ = [
     "cpu_info",
     "load",
     "ops",
+    "ops_library",
     "quantize",
     "save",
     "sensitivity",

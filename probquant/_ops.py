@@ -13,7 +13,9 @@ import torch
 
 from . import _native
 
-torch.ops.load_library(str(Path(_native.__file__).parent / "_torch_ops.so"))
+#: Registers torch.ops.probquant wherever it is opened (dlopen from C++), without Python.
+ops_library = str(Path(_native.__file__).parent / "_torch_ops.so")
+torch.ops.load_library(ops_library)
 ops = torch.ops.probquant
 
 
