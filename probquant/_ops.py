@@ -165,6 +165,14 @@ def _(
     return _outputs(_codes(a, a.shape, image), a_scale.shape, a.shape[1 if image else -1], channel_stats)
 
 
+@torch.library.register_fake("probquant::mul")
+def _(a, a_scale, a_zero_point, a_stats, b, b_scale, b_zero_point, b_stats, strategy=2, predictor=None, channel_stats=False):
+    _check_codes("mul", a, a_scale)
+    torch._check(a.dim() == b.dim(), lambda: f"probquant: mul: b has shape {list(b.shape)}, want a's {list(a.shape)}, or [N, C, 1, 1]")
+    image = _is_image(a, a_scale)
+    return _outputs(_codes(a, a.shape, image), a_scale.shape, a.shape[1 if image else -1], channel_stats)
+
+
 @torch.library.register_fake("probquant::activation")
 def _(x, x_scale, x_zero_point, activation, activation_min=None, activation_max=None, strategy=2, predictor=None, channel_stats=False):
     _check_codes("activation", x, x_scale)

@@ -39,8 +39,8 @@ PASSES_THROUGH = ("max_pool2d", "upsample_nearest2d", "flatten")
 class Unit:
     """A group of float nodes that one int8 op replaces.
 
-    kind: conv2d, linear, add, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d, upsample_nearest2d or flatten.
-    nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add and concat read
+    kind: conv2d, linear, add, mul, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d, upsample_nearest2d or flatten.
+    nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add, mul and concat read
     several). residual: the node a layer adds before its activation. options: what the op needs beside tensors.
     """
 
@@ -94,6 +94,7 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
             graph_module.graph.erase_node(node)
     _remove_identities(graph_module)
     _fold_batch_norms(graph_module)
+    _fold_hardsigmoids(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
@@ -128,6 +129,8 @@ def _remove_identities(graph_module: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+        elif node.op == "call_function" and node.target is aten._unsafe_view.default:  # of a clone, which made it contiguous
+            node.target = aten.reshape.default
 
 
 def attribute(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
@@ -159,20 +162,48 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         offset = (0.0 if bias is None else bias.double()) - mean.double()
         offset = offset * factor + (shift.double() if shift is not None else 0.0)
         folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-        with graph.inserting_before(layer):
-            names = [f"{layer.args[1].target}_folded".replace(".", "_"), f"{layer.args[1].target}_folded_bias".replace(".", "_")]
-            nodes = []
-            for name, value, original in zip(names, (folded, offset), (layer.args[1].target,) * 2, strict=True):
-                graph_module.register_buffer(name, value.to(weight.dtype))
-                node = graph.create_node("get_attr", name)
-                node.meta["parameter"] = original
-                nodes.append(node)
-        layer.args = (layer.args[0], *nodes, *layer.args[3:])
-        layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+        _replace_parameters(graph_module, layer, folded, offset, "folded")
         for user in list(norm.users):
             user.replace_all_uses_with(layer)
             graph.erase_node(user)
         graph.erase_node(norm)
+
+
+def _fold_hardsigmoids(graph_module: fx.GraphModule) -> None:
+    """hardsigmoid(layer(x)) = clamp(layer(x) / 6 + 0.5, 0, 1): the slope goes into the layer's weights, what is left is a clamp."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.hardsigmoid.default:
+            continue
+        layer = node.args[0]
+        if layer.op != "call_function" or layer.target not in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default) or len(layer.users) != 1:
+            continue
+        weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
+        if weight is None or (argument(layer, 2, "bias") is not None and bias is None):
+            continue
+        offset = (torch.zeros(len(weight)) if bias is None else bias.double()) / 6 + 0.5
+        _replace_parameters(graph_module, layer, weight.double() / 6, offset, "hardsigmoid")
+        with graph.inserting_after(node):
+            clamp = graph.call_function(aten.clamp.default, (layer, 0.0, 1.0))
+        clamp.meta = dict(node.meta)
+        node.replace_all_uses_with(clamp)
+        graph.erase_node(node)
+
+
+def _replace_parameters(graph_module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor, how: str) -> None:
+    """Gives a layer another weight and bias, of its weight's dtype; reports go on naming it by the parameter it had."""
+    original = layer.args[1]
+    with graph_module.graph.inserting_before(layer):
+        nodes = []
+        for suffix, value in (("", weight), ("_bias", bias)):
+            name = f"{original.target}_{how}{suffix}".replace(".", "_")
+            graph_module.register_buffer(name, value.to(attribute(graph_module, original).dtype))
+            node = graph_module.graph.create_node("get_attr", name)
+            node.meta["parameter"] = original.meta.get("parameter", original.target)
+            nodes.append(node)
+    nodes[0].meta["val"] = original.meta.get("val")
+    layer.args = (layer.args[0], *nodes, *layer.args[3:])
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,6 +393,9 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
         if not all(isinstance(a, fx.Node) and shape_of(a) == shape for a in node.args[:2]) or argument(node, 2, "alpha", 1) != 1:
             return None
         return unit("add", node.args[:2])
+    if target is aten.mul.Tensor:
+        factors = _factors(node, shape)
+        return unit("mul", factors) if factors else None
     if target is aten.cat.default:
         dim = argument(node, 1, "dim", 0)
         channel_dim = 1 if len(shape) == 4 else len(shape) - 1
@@ -395,6 +429,20 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
         if len(shape) == 2 and len(source) > 2 and _same_size(shape[0], source[0]):
             return unit("flatten")
     return None
+
+
+def _factors(node: fx.Node, shape: tuple) -> list[fx.Node] | None:
+    """[a, b] of a product of two tensors of the same shape, or of images with one value b per channel; None for another one."""
+    if not all(isinstance(a, fx.Node) and shape_of(a) is not None for a in node.args[:2]):
+        return None
+    a, b = node.args[:2]
+    if shape_of(a) != shape:
+        a, b = b, a
+    if shape_of(a) != shape or len(shape) < 2:
+        return None
+    other = shape_of(b)
+    per_channel = len(shape) == len(other) == 4 and _same_size(other[0], shape[0]) and other[1:] == (shape[1], 1, 1)
+    return [a, b] if other == shape or per_channel else None
 
 
 def _whole_factor(node: fx.Node, source: tuple, shape: tuple) -> list[int] | None:
@@ -469,7 +517,7 @@ def choose_int8(units: list[Unit], selected) -> None:
                 unit.reason = "its inputs are quantized per image and per token"
                 continue
             unit.sample_dims = dims.pop()
-            images_only = unit.kind == "flatten" or (unit.kind not in ("add", "activation") and len(shape_of(unit.inputs[0])) == 4)
+            images_only = unit.kind == "flatten" or (unit.kind not in ("add", "mul", "activation") and len(shape_of(unit.inputs[0])) == 4)
             if images_only and unit.sample_dims != 1:
                 unit.reason = "its input is quantized per token"
                 continue

@@ -263,7 +263,7 @@ def _strategies(unit: Unit, settings: dict) -> list[tuple[Strategy, int]]:
     if settings["strategy"] != "probabilistic":
         return [(Strategy.FIXED if settings["strategy"] == "static" else Strategy.DYNAMIC, 0)]
     if not unit.is_layer:
-        choice = unit.kind == "add" and settings["surrogate"] == "auto"
+        choice = unit.kind in ("add", "mul") and settings["surrogate"] == "auto"
         return [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)] if choice else [(Strategy.GAUSSIAN, 0)]
     surrogate, gamma, convolution = settings["surrogate"], settings["gamma"], unit.kind == "conv2d"
     if surrogate == "auto":
@@ -311,7 +311,7 @@ class _Plan:
             self.bias_fit = surrogates.BiasFit(unit.weight.shape, unit.options)
         self.static_fit = surrogates.StaticFit() if self.strategy is Strategy.FIXED and len(strategies) == 1 else None
         self.candidates: list[surrogates.Candidate] = []
-        if settings["strategy"] == "probabilistic" and (unit.is_layer or unit.kind == "add") and self.strategy is not Strategy.NONE:
+        if settings["strategy"] == "probabilistic" and (unit.is_layer or unit.kind in ("add", "mul")) and self.strategy is not Strategy.NONE:
             for strategy, gamma in strategies:
                 fit = surrogates.RangeFit(surrogates.MARGINS, 0.1) if strategy is Strategy.PROBE else surrogates.RangeFit()
                 self.candidates.append(surrogates.Candidate(strategy, gamma, fit))
@@ -341,8 +341,8 @@ class _Plan:
         if strategy is Strategy.PROBE:
             return torch.tensor([first, second], dtype=torch.float32)
         head = torch.tensor([first, second, self.correlation.fit()], dtype=torch.float32)
-        if self.unit.kind == "add":
-            return head
+        if self.unit.kind in ("add", "mul"):
+            return head[: {"add": 3, "mul": 2}[self.unit.kind]]
         weight, bias = self.float_weight(), self.over_profile(self.leaves.get("bias"))
         if strategy is Strategy.CHANNEL:
             factors = (1.0, 1.0) if self.channel_fit is None else self.channel_fit.fit()
@@ -403,8 +403,8 @@ class _Plan:
             else:
                 if strategy is Strategy.FIXED:
                     laws = surrogates.fixed_law(self.limit).expand(len(y), 1, 2)
-                elif unit.kind == "add":
-                    laws = self._add_laws(*inputs)
+                elif not unit.is_layer:
+                    laws = self._pair_laws(*inputs)
                 else:
                     predictor = self.predictor_values(strategy, 1.0, 1.0)
                     laws = surrogates.conv2d_law(codes, unit.weight.shape[0], options, residual_codes, strategy, predictor, candidate.gamma)
@@ -419,9 +419,13 @@ class _Plan:
         samples = samples[:: max(1, len(samples) // _CALIBRATION_TOKENS)] if dims > 1 else samples
         return [None if part is None else part[samples] for part in parts], samples * images // max(len(parts[0]), 1)
 
-    def _add_laws(self, a, b) -> torch.Tensor:
+    def _pair_laws(self, a, b) -> torch.Tensor:
+        """Of a sum or a product, as the ops have them."""
         rho = self.correlation.fit()
         (mean_a, var_a), (mean_b, var_b) = ((t.double().flatten(1).mean(1), t.double().flatten(1).var(1, unbiased=False)) for t in (a, b))
+        if self.unit.kind == "mul":
+            variance = var_a * var_b + mean_a**2 * var_b + mean_b**2 * var_a
+            return torch.stack([mean_a * mean_b, variance.sqrt()], 1)[:, None]
         variance = (var_a + var_b + 2 * rho * (var_a * var_b).sqrt()).clamp(min=0)
         return torch.stack([mean_a + mean_b, variance.sqrt()], 1)[:, None]
 
@@ -699,6 +703,8 @@ class _Writer:
             return None
         if unit.kind == "add":
             return self.call(ops.add.default, *inputs[0], *inputs[1], **self.activation(unit), **self.range(plan))
+        if unit.kind == "mul":
+            return self.call(ops.mul.default, *inputs[0], *inputs[1], **self.range(plan))
         if unit.kind == "activation":
             activation = self.activation(unit)
             return self.call(ops.activation.default, *x, activation.pop("activation", 0), **activation, **self.range(plan))

@@ -111,6 +111,35 @@ class EfficientNet(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+class InvertedResidualV3(nn.Module):
+    """torchvision's block of MobileNetV3: squeeze-and-excitation with a hardsigmoid gate, hardswish."""
+
+    def __init__(self, inputs, outputs, stride=1, expand=4):
+        super().__init__()
+        hidden = inputs * expand
+        self.residual = stride == 1 and inputs == outputs
+        self.expand = conv_bn(inputs, hidden, 1, activation=nn.Hardswish())
+        self.depthwise = conv_bn(hidden, hidden, 5, stride, hidden, nn.Hardswish())
+        self.avgpool, self.fc1, self.fc2 = nn.AdaptiveAvgPool2d(1), nn.Conv2d(hidden, hidden // 4, 1), nn.Conv2d(hidden // 4, hidden, 1)
+        self.activation, self.scale_activation, self.project = nn.ReLU(), nn.Hardsigmoid(), conv_bn(hidden, outputs, 1)
+
+    def forward(self, x):
+        y = self.depthwise(self.expand(x))
+        y = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(y))))) * y
+        return x + self.project(y) if self.residual else self.project(y)
+
+
+class MobileNetV3(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 8, 3, 2, activation=nn.Hardswish()), InvertedResidualV3(8, 8), InvertedResidualV3(8, 16, 2))
+        self.last, self.avgpool = conv_bn(16, 64, 1, activation=nn.Hardswish()), nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Linear(64, 32), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.avgpool(self.last(self.features(x))), 1))
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -198,7 +227,7 @@ class TwoHeads(nn.Module):
         return self.classes(x), self.box(x) * scale
 
 
-MODELS = {"resnet": ResNet, "mobilenet": MobileNetV2, "efficientnet": EfficientNet, "vit": ViT, "yolo": YoloBackbone, "two_heads": TwoHeads}
+MODELS = {"resnet": ResNet, "mobilenet": MobileNetV2, "efficientnet": EfficientNet, "mobilenetv3": MobileNetV3, "vit": ViT, "yolo": YoloBackbone, "two_heads": TwoHeads}
 
 
 def build(name: str) -> nn.Module:

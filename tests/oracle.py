@@ -541,6 +541,33 @@ def add(
 
 
 @quiet
+def mul(a: Codes, b: Codes, strategy: int = DYNAMIC, predictor=None, channel_stats: bool = False) -> Codes:
+    """b as a, or [N, 1, 1, C]."""
+    valid = valid_scale(a.scale) & valid_scale(b.scale)
+    both = np.where(valid, f32(a.scale) * f32(b.scale), np.float32(np.nan))
+    valid &= valid_scale(both)
+    products = centred(a) * centred(b)
+    if strategy == FIXED:
+        s, z = fixed_parameters(predictor, len(a.q))
+    elif a.q[:1].size == 0:
+        s, z = parameters(np.zeros(len(a.q)), np.zeros(len(a.q)))
+    elif strategy == DYNAMIC:
+        s, z = parameters(*(f32(end) * both for end in (products.min((1, 2, 3)), products.max((1, 2, 3)))))
+    else:
+        (m_a, v_a), (m_b, v_b) = law_of_stats(a), law_of_stats(b)
+        variance = fma(v_a, v_b, fma(m_a * m_a, v_b, (m_b * m_b) * v_a))
+        lo, hi = law_range((m_a * m_b)[:, None], variance[:, None], predictor)
+        ends = np.stack([(i - clamped_zero_point(a.zero_point)) * (j - clamped_zero_point(b.zero_point)) for i in (0, 255) for j in (0, 255)])
+        finite = np.isfinite(lo) & np.isfinite(hi)
+        least, largest = f32(ends.min(0)) * both, f32(ends.max(0)) * both
+        s, z = parameters(np.where(finite, clamp(lo, least, largest), np.float32(np.nan)), clamp(hi, least, largest))
+    valid = valid & valid_scale(s)
+    t = clamp(f32(products) * (per_sample(both, a.q) * inverse(s, a.q)), np.float32(-np.inf), np.float32(np.inf))
+    q, clipped = round_to_codes(t, per_sample(z, a.q))
+    return output(q, clipped, s, z, valid, channel_stats)
+
+
+@quiet
 def activation(
     x: Codes, kind: int, activation_min=None, activation_max=None, strategy: int = DYNAMIC, predictor=None, channel_stats: bool = False
 ) -> Codes:  # fmt: skip

@@ -80,6 +80,9 @@ def other_calls(rng, count):
         yield f"{index} quantize rows", ops.quantize(values.contiguous(), 3)
         yield f"{index} moments", (ops.moments(x[0], 1, channel_stats),)
         yield f"{index} add", ops.add(*x, *y, *((0.0, 6.0) if wild else ()), strategy=strategy, predictor=widths, channel_stats=channel_stats)
+        gate, factors = ops.adaptive_avg_pool2d(*y[:3], [1]), widths[:2] if strategy == 3 else widths
+        for other in (y, gate):
+            yield f"{index} mul", ops.mul(*x, *other, strategy=strategy, predictor=factors, channel_stats=channel_stats)
         for kind in range(5):
             yield f"{index} activation {kind}", ops.activation(*x[:3], kind, **options)
         yield f"{index} concat", ops.concat([x[0], y[0], x[0]], [x[1], y[1], x[1]], [x[2], y[2], x[2]], **options)

@@ -55,6 +55,7 @@ VALID = {
     "conv2d": lambda: {**named("x", image()), "packed_weight": weight(8, 3, 3, 4), "out_channels": 8, **geometry(), "groups": 1},
     "surrogate_law": lambda: {**named("x", image()), "out_channels": 8, **geometry(), "groups": 1, "strategy": 3, "predictor": torch.ones(7), "gamma": 1},
     "add": lambda: {**named("a", image()), **named("b", image())},
+    "mul": lambda: {**named("a", image()), **named("b", image())},
     "activation": lambda: {**named("x", image()[:3]), "activation": 1},
     "concat": lambda: {"xs": [image()[0]] * 2, "scales": [image()[1]] * 2, "zero_points": [image()[2]] * 2},
     "max_pool2d": lambda: {**named("x", image()[:3]), **geometry()},
@@ -68,7 +69,7 @@ CODES = ["dequantize", "linear", "conv2d", "surrogate_law", "activation", "max_p
 IMAGES = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"]
 WINDOWS = ["conv2d", "surrogate_law", "max_pool2d", "avg_pool2d"]
 LAYERS = ["linear", "conv2d"]
-RANGES = ["add", "activation", "concat", "avg_pool2d", "adaptive_avg_pool2d", "layer_norm", "attention"]
+RANGES = ["add", "mul", "activation", "concat", "avg_pool2d", "adaptive_avg_pool2d", "layer_norm", "attention"]
 RESIDUAL = named("residual", image(c=8))
 
 
@@ -171,7 +172,7 @@ def cases():
             predictor = torch.ones(7 if strategy == 3 else 27)
             yield op, {"strategy": strategy, "predictor": predictor, "gamma": -1}, ["gamma -1, want >= 0"]
     for op in RANGES:
-        for strategy, good in ((1, 2), (2, 0), (3, 3 if op == "add" else 0)):
+        for strategy, good in ((1, 2), (2, 0), (3, {"add": 3, "mul": 2}.get(op, 0))):
             for size in {0, 1, 2, 3, 7} - {good}:
                 yield op, {"strategy": strategy, "predictor": torch.ones(size) if size else None}, [f"predictor has {size} values, strategy {strategy} wants {good}"]
         for strategy in (4, 5, 6) if op == "layer_norm" else (0, 4, 5, 6):
@@ -253,6 +254,10 @@ def cases():
         ("b_stats", torch.zeros(2, 3, dtype=INT32), "b_stats has dtype int32, want int64"),
     ):
         yield "add", {part: wrong}, [says]
+        yield "mul", {part: wrong}, [says]
+    for wrong in (image(n=1, h=1, w=1), image(h=1), image(c=1, h=1, w=1)):
+        yield "mul", named("b", wrong), [r"b has shape .*, want a's \[2, 4, 5, 5\] .an image's may be \[N, C, 1, 1\]. with scale \[2\]"]
+    yield "mul", {**named("a", tokens()), **named("b", tokens(t=1))}, ["b has shape .*, want a's"]
     yield "concat", {"scales": [x[1]]}, ["2 xs, 1 scales, 2 zero_points, want as many of each"]
     yield "concat", {"xs": [x[0], image(h=4)[0]]}, [r"xs\[1\] has shape \[2, 4, 4, 5\], want that of xs\[0\] \[2, 4, 5, 5\] but for the channels"]
     yield "concat", {"xs": [x[0], x[0].to(torch.int8)]}, [r"xs\[1\] has dtype int8, want uint8"]

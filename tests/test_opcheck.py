@@ -72,8 +72,11 @@ def samples(batch=3):
         options = {"strategy": strategy, "predictor": fixed}
         for a, b in ((x, y), (tokens, tokens)):
             yield f"add {strategy}", ops.add, (*a, *b), {"strategy": strategy, "predictor": torch.ones(3) if strategy == 3 else fixed, "channel_stats": True}
+            yield f"mul {strategy}", ops.mul, (*a, *b), {"strategy": strategy, "predictor": torch.ones(2) if strategy == 3 else fixed, "channel_stats": True}
             yield f"activation {strategy}", ops.activation, (*a[:3], 2), options
             yield f"concat {strategy}", ops.concat, tuple([part, other] for part, other in zip(a[:3], b[:3])), options
+        gate = ops.adaptive_avg_pool2d(*x[:3], [1])
+        yield f"mul {strategy} per channel", ops.mul, (*x, *gate), {"strategy": strategy, "predictor": torch.ones(2) if strategy == 3 else fixed}
         yield f"avg_pool2d {strategy}", ops.avg_pool2d, (*x[:3], [3, 2], [2], [1, 0, 1, 1]), options
         yield f"adaptive_avg_pool2d {strategy}", ops.adaptive_avg_pool2d, (*x[:3], [2, 3]), options
     for factor in ([2], [3, 1]):
@@ -198,6 +201,8 @@ class EveryOp(torch.nn.Module):
             plain = min(strategy, 3)
             widths = self.widths if plain == 3 else chosen
             y = ops.add(*y, *y, strategy=plain, predictor=widths)
+            gate = ops.adaptive_avg_pool2d(*y[:3], [1])
+            y = ops.mul(*y, *gate, strategy=plain, predictor=self.widths[:2] if plain == 3 else chosen)
             y = ops.activation(*y[:3], 1, strategy=plain, predictor=chosen)
             y = ops.concat([y[0], x[0]], [y[1], x[1]], [y[2], x[2]], strategy=plain, predictor=chosen)
             y = ops.upsample_nearest2d(*y[:3], [2])

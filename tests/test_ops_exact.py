@@ -435,6 +435,23 @@ def test_add(strategy, bounds, as_rows, shifted, batch, height, width, channels,
 
 @pytest.mark.parametrize("strategy", RANGES)
 @sweep(80)
+@given(second=st.sampled_from(["same shape", "per channel", "itself"]), as_rows=rarely, shifted=rarely, **plain)
+def test_mul(strategy, second, as_rows, shifted, batch, height, width, channels, wild, channel_stats, seed):
+    rng = np.random.default_rng(seed)
+    a = cases.random_codes(rng, (batch, height, width, channels), wild, channel_stats)
+    per_channel = second == "per channel" and not as_rows
+    b = a if second == "itself" else cases.random_codes(rng, (batch, 1, 1, channels) if per_channel else a.q.shape, wild, channel_stats)
+    predictor = range_predictor(rng, strategy, 3e4, wild, gaussian=3)
+    predictor = predictor if strategy == "fixed" or predictor is None else predictor[:2]
+    convert = (lambda x: rows(x, [batch], [batch, height * width, channels])) if as_rows else image
+    tensors, options = [*convert(a), *convert(b)], {"strategy": STRATEGIES[strategy], "channel_stats": channel_stats}
+    actual = ops.mul(*([misaligned(t) for t in tensors] if shifted else tensors), predictor=predictor_tensor(predictor), **options)
+    expected = oracle.mul(a, b, predictor=predictor, **options)
+    assert_same(from_rows(actual, expected) if as_rows else from_image(actual), expected, f"mul {strategy} {second}")
+
+
+@pytest.mark.parametrize("strategy", RANGES)
+@sweep(80)
 @given(activation=st.sampled_from(list(ACTIVATIONS)), as_rows=rarely, **plain)
 def test_activation(strategy, activation, as_rows, batch, height, width, channels, wild, channel_stats, seed):
     rng = np.random.default_rng(seed)
@@ -665,6 +682,9 @@ def every_op(x: Codes, other: Codes, layer: Layer, depthwise: Layer):
         given_range = fixed if number == 1 else None
         widths = fixed if number == 1 else torch.tensor([3.0, 3.0, 0.5]) if number == 3 else None
         yield f"add {number}", list(ops.add(*image(x), *image(other), strategy=number, predictor=widths))
+        gate, factors = ops.adaptive_avg_pool2d(*image(other)[:3], [1]), torch.tensor([3.0, 2.0]) if number == 3 else widths
+        yield f"mul {number}", list(ops.mul(*image(x), *image(other), strategy=number, predictor=factors))
+        yield f"mul {number} per channel", list(ops.mul(*image(x), *gate, strategy=number, predictor=factors))
         yield f"activation {number}", list(ops.activation(*image(x)[:3], 2, strategy=number, predictor=given_range))
         pairs = [list(pair) for pair in zip(image(x)[:3], image(other)[:3])]
         yield f"concat {number}", list(ops.concat(*pairs, strategy=number, predictor=given_range, channel_stats=True))

@@ -114,8 +114,7 @@ def test_a_broken_image_stays_alone(name, strategy):
     broken[2, 1, 7, 7] = torch.nan
     for a, b in zip(run(qmodel, (broken,)), good, strict=True):
         same([a[[0, 1, 3, 4, 5]]], [b[[0, 1, 3, 4, 5]]], "the other images")
-        if (name, strategy) != ("efficientnet", "static"):  # quantizing a float island's output with a given scale saturates NaN
-            assert bool(a[2].isnan().all()), f"want NaN, got {a[2].flatten()[:4].tolist()}"
+        assert bool(a[2].isnan().all()), f"want NaN, got {a[2].flatten()[:4].tolist()}"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -185,6 +184,54 @@ def test_summary_tells_everything():
     names = [layer.name for layer in quantized("two_heads").layers]
     assert "shared.0" in names and "shared.0#2" in names
     assert "probabilistic" in repr(quantized("resnet"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["efficientnet", "mobilenetv3"])
+def test_squeeze_and_excitation_has_no_float_island(name, strategy):
+    """The gate's sigmoid or hardsigmoid is the layer's own, the product is an int8 op: floats enter once and leave once."""
+    qmodel = quantized(name, strategy)
+    assert all(layer.int8 for layer in qmodel.layers) and sum(layer.kind == "mul" for layer in qmodel.layers) == 2
+    called = [node.target for node in qmodel.graph.nodes if node.op == "call_function"]
+    assert called.count(pq.ops.quantize.default) == 1 and pq.ops.dequantize.default not in called
+    assert {layer.strategy for layer in qmodel.layers if layer.kind == "mul"} == {{"static": "fixed", "probabilistic": "gaussian"}.get(strategy, strategy)}
+    close(run(qmodel, probe(name)), run(float_model(name), probe(name)), 20.0)
+
+
+def test_products_that_are_no_int8_op_stay_float():
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 8, 1) for _ in range(3))
+
+        def forward(self, x):
+            rows = self.a(x).mean(2, keepdim=True)  # one value per column
+            return self.c(((self.a(x) * rows) * 0.5)[:, :3])
+
+    model, x = Products().eval(), torch.randn(4, 3, 6, 6)
+    qmodel = pq.quantize(model, [x], progress=False)
+    assert not any(layer.kind == "mul" for layer in qmodel.layers)
+    close(run(qmodel, (x,)), run(model, (x,)))
+
+
+@pytest.mark.parametrize("standing", ["behind a layer", "alone", "of a layer that others read"])
+def test_hardsigmoid(standing):
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x) * 4
+            z = F.hardsigmoid(F.relu(y) if standing == "alone" else self.first(x))
+            return self.second(z + y if standing == "of a layer that others read" else z)
+
+    torch.manual_seed(0)
+    model, x = Gate().eval(), 3 * torch.randn(8, 3, 8, 8)
+    qmodel = pq.quantize(model, [x], progress=False)
+    if standing == "behind a layer":
+        assert "clamp(0.0, 1.0)" in next(layer.fused for layer in qmodel.layers if layer.name.startswith("first") and layer.fused)
+    close(run(qmodel, (x,)), run(model, (x,)))
 
 
 def test_include_and_exclude():

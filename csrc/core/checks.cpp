@@ -65,6 +65,12 @@ void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int
   check_range("average pool", range, 0);
 }
 
+void check_mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, const RangeArguments& range) {
+  check_sizes("mul", samples, count, channels);
+  check_range("mul", range, 2);
+  require(samples == 0 || range.strategy != Strategy::gaussian || (a.stats && b.stats), "mul: the gaussian strategy needs the stats of both inputs");
+}
+
 void check_add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
                float activation_max, const RangeArguments& range) {
   check_sizes("add", samples, count, channels);

@@ -1,4 +1,4 @@
-// Ops without weights that act elementwise: add, activation, concat.
+// Ops without weights that act elementwise: add, mul, activation, concat.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -63,6 +63,50 @@ void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int6
     const int64_t at = n * count + begin * channels;
     kernels().add(a.q + at, b.q + at, (end - begin) * channels, channels, epilogues[static_cast<size_t>(n)], y.q + at, stats_row(y, n, channels),
                   y.channel_stats);
+  });
+  mark_invalid(y, samples, channels);
+}
+
+void mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, bool per_channel,
+         const RangeArguments& range, const QuantizedOutput& y, const Executor& executor) {
+  check_mul(a, b, samples, count, channels, range);
+  if (samples == 0) return;
+  const int64_t rows = count / channels, b_count = per_channel ? channels : count, b_step = per_channel ? 0 : channels;
+  std::vector<SampleEpilogue> epilogues(static_cast<size_t>(samples));
+  std::vector<float> exact(static_cast<size_t>(2 * samples));
+  for (int64_t n = 0; n < samples; ++n) {
+    epilogues[static_cast<size_t>(n)] = mul_inputs(a.scale[n], a.zero_point[n], b.scale[n], b.zero_point[n]);
+    exact[static_cast<size_t>(2 * n)] = kInfinity, exact[static_cast<size_t>(2 * n + 1)] = -kInfinity;
+  }
+  const auto over_rows = [&](auto body) {  // body(sample, first code of a, first code of b, rows)
+    parallel_over_samples(executor, samples, rows, row_grain(channels), [&](int64_t n, int64_t begin, int64_t end) {
+      body(n, n * count + begin * channels, n * b_count + begin * b_step, end - begin);
+    });
+  };
+  if (range.strategy == Strategy::dynamic)
+    over_rows([&](int64_t n, int64_t at, int64_t b_at, int64_t part) {
+      float lo, hi;
+      kernels().mul_range(a.q + at, b.q + b_at, part, channels, b_step, epilogues[static_cast<size_t>(n)], &lo, &hi);
+      atomic_widen(&exact[static_cast<size_t>(2 * n)], lo, hi);
+    });
+  for (int64_t n = 0; n < samples; ++n) {
+    SampleEpilogue& e = epilogues[static_cast<size_t>(n)];
+    QParams qparams{kNan, 0};
+    if (range.strategy == Strategy::fixed) {
+      qparams = fixed_qparams(range.predictor);
+    } else if (count == 0) {
+      qparams = qparams_from_range(0.0f, 0.0f);
+    } else if (range.strategy == Strategy::dynamic) {
+      qparams = qparams_from_range(exact[static_cast<size_t>(2 * n)] * e.x_scale, exact[static_cast<size_t>(2 * n + 1)] * e.x_scale);
+    } else if (e.valid) {
+      qparams = mul_law_qparams(a.stats + n * a.stats_stride, count, a.scale[n], b.stats + n * b.stats_stride, b_count, b.scale[n], e, range.predictor);
+    }
+    set_output(e, qparams, -kInfinity, kInfinity);
+    write_qparams(y, n, e, qparams);
+  }
+  clear_stats(y, samples, channels);
+  over_rows([&](int64_t n, int64_t at, int64_t b_at, int64_t part) {
+    kernels().mul(a.q + at, b.q + b_at, part, channels, b_step, epilogues[static_cast<size_t>(n)], y.q + at, stats_row(y, n, channels), y.channel_stats);
   });
   mark_invalid(y, samples, channels);
 }

@@ -95,6 +95,7 @@ void check_adaptive_pool(int64_t batch, int64_t in_height, int64_t in_width, int
                          const RangeArguments& range);
 
 /// Checks what the ops without weights are given; check_concat returns the channels of the output.
+void check_mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, const RangeArguments& range);
 void check_add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
                float activation_max, const RangeArguments& range);
 void check_activation(int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,

@@ -139,6 +139,12 @@ PROBQUANT_HOST_DEVICE inline Law add_laws(Law a, Law b, float rho) {
   return {a.mean + b.mean, max_f(variance, 0.0f)};
 }
 
+/// A product of two independent values.
+PROBQUANT_HOST_DEVICE inline Law product_law(Law a, Law b) {
+  const float crossed = fmaf(a.mean * a.mean, b.variance, (b.mean * b.mean) * a.variance);
+  return {a.mean * b.mean, fmaf(a.variance, b.variance, crossed)};
+}
+
 /// [mean - alpha sigma, mean + beta sigma]
 PROBQUANT_HOST_DEVICE inline void law_range(Law law, float alpha, float beta, float& lo, float& hi) {
   const float sigma = sqrtf(law.variance);

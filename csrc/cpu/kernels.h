@@ -160,6 +160,11 @@ struct Kernels {
                     float* lo, float* hi);
   void (*add)(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue&, uint8_t* y, int64_t* stats,
               bool channel_stats);
+  /// The integer products (q_a - z_a)(q_b - z_b), z_b in residual_zero_point: their range, and they requantized. Row i of a, [rows, channels],
+  /// meets b + i * b_step: b_step = channels, or 0 for a row that serves all.
+  void (*mul_range)(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue&, float* lo, float* hi);
+  void (*mul)(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue&, uint8_t* y, int64_t* stats,
+              bool channel_stats);
   /// Maximum and sum of a pooling window, every channel: rows x columns pixels, with their distances in bytes.
   void (*window_max)(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y);
   void (*window_sums)(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, int32_t* sums);

@@ -194,6 +194,27 @@ void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, co
   }
 }
 
+void mul_range(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue& s, float* lo, float* hi) {
+  *lo = kInfinity;
+  *hi = -kInfinity;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = mul_value(a[row * channels + c], b[row * b_step + c], s);
+      *lo = min_f(value, *lo);
+      *hi = max_f(value, *hi);
+    }
+}
+
+void mul(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
+         bool channel_stats) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < channels; ++c) {
+      const Code code = mul_code(a[row * channels + c], b[row * b_step + c], s);
+      y[row * channels + c] = code.q;
+      count_code(code, c, channels, channel_stats, stats);
+    }
+}
+
 void window_max(const uint8_t* window, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t channels, uint8_t* y) {
   std::fill_n(y, channels, uint8_t{0});
   for (int64_t i = 0; i < rows; ++i)
@@ -301,7 +322,7 @@ void attention(const AttentionProblem& p, int64_t image, int64_t begin, int64_t 
 
 const Kernels kReferenceKernels = {
     "reference",      {layer_quantized, layer_float, layer_accumulate}, {layer_quantized, layer_float, layer_accumulate},
-    layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add,
+    layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add, mul_range, mul,
     window_max,       window_sums, average_range, average, layer_norm, attention_pack, attention};
 
 void atomic_widen(float* range, float lo, float hi) {

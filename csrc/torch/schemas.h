@@ -34,6 +34,8 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? residual_stats=None, *, int strategy, Tensor predictor, int gamma) -> Tensor",
     "add(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor a_stats, Tensor b, Tensor b_scale, Tensor b_zero_point, "
     "Tensor b_stats, float? activation_min=None, float? activation_max=None, " PROBQUANT_RANGE,
+    "mul(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor a_stats, Tensor b, Tensor b_scale, Tensor b_zero_point, "
+    "Tensor b_stats, " PROBQUANT_RANGE,
     "activation(" PROBQUANT_X ", int activation, float? activation_min=None, float? activation_max=None, " PROBQUANT_RANGE,
     "concat(Tensor[] xs, Tensor[] scales, Tensor[] zero_points, " PROBQUANT_RANGE,
     "max_pool2d(" PROBQUANT_X ", int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channel_stats=False)" PROBQUANT_OUT,

@@ -1,5 +1,5 @@
 // Fuzzes the kernels of every instruction set that this machine has against the reference table: depthwise layers, patch
-// sums, quantize, dequantize, moments, mark_codes, lookup, add, pooling windows, LayerNorm, attention. Every buffer ends at an unmapped page, outputs are
+// sums, quantize, dequantize, moments, mark_codes, lookup, add, mul, pooling windows, LayerNorm, attention. Every buffer ends at an unmapped page, outputs are
 // compared byte by byte, written ranges included.
 //
 //   fuzz_elementwise [seed] [cases, or seconds with a trailing s] [isa]
@@ -440,6 +440,33 @@ void fuzz_add(Random& random, const Kernels& table, Case& c) {
   c.compare("range", range_expected, range);
 }
 
+void fuzz_mul(Random& random, const Kernels& table, Case& c) {
+  const int64_t channels = some_channels(random), rows = random.range(1, 40), count = rows * channels;
+  const bool per_channel = random.chance(2);
+  const float y_scale = some_scale(random) * (random.chance(10) ? 1e-12f : 2.0f);
+  const SampleEpilogue e = some_epilogue(random, true, -kInfinity, kInfinity, y_scale);
+  const bool channel_stats = random.chance(3);
+  c.text = "mul";
+  c.add("rows", rows), c.add("channels", channels), c.add("per_channel", per_channel), c.add("scale", e.x_scale), c.add("y_scale", y_scale);
+  c.add("a_zero_point", e.x_zero_point), c.add("b_zero_point", e.residual_zero_point), c.add("y_zero_point", e.y_zero_point);
+  c.add("channel_stats", channel_stats);
+  Guarded<uint8_t> a(count), b(per_channel ? channels : count), y(count), y_expected(count);
+  fill_codes(random, a);
+  fill_codes(random, b);
+  const int64_t columns = stats_columns(channels, channel_stats), b_step = per_channel ? 0 : channels;
+  Guarded<int64_t> stats(columns, 0), expected(columns, 0);
+  kReferenceKernels.mul(a.data(), b.data(), rows, channels, b_step, e, y_expected.data(), expected.data(), channel_stats);
+  table.mul(a.data(), b.data(), rows, channels, b_step, e, y.data(), stats.data(), channel_stats);
+  c.compare("y", y_expected, y);
+  c.compare("stats", expected, stats);
+  Guarded<float> range(2), range_expected(2);
+  kReferenceKernels.mul_range(a.data(), b.data(), rows, channels, b_step, e, &range_expected[0], &range_expected[1]);
+  table.mul_range(a.data(), b.data(), rows, channels, b_step, e, &range[0], &range[1]);
+  unify_range(range);
+  unify_range(range_expected);
+  c.compare("range", range_expected, range);
+}
+
 void fuzz_pool(Random& random, const Kernels& table, Case& c) {
   const int64_t channels = some_channels(random), rows = random.range(0, 8), columns = random.range(0, 8);
   const int64_t column_step = channels * random.range(1, 3), row_step = column_step * (columns + random.range(0, 3));
@@ -535,7 +562,7 @@ void fuzz_attention(Random& random, const Kernels& table, Case& c) {
 }
 
 using Fuzz = void (*)(Random&, const Kernels&, Case&);
-constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add, fuzz_pool, fuzz_layer_norm, fuzz_attention};
+constexpr Fuzz kFuzzers[] = {fuzz_depthwise, fuzz_depthwise, fuzz_patch_sums, fuzz_quantize, fuzz_dequantize, fuzz_moments, fuzz_lookup, fuzz_add, fuzz_mul, fuzz_pool, fuzz_layer_norm, fuzz_attention};
 constexpr int64_t kFuzzerCount = sizeof kFuzzers / sizeof kFuzzers[0];
 
 int run(uint64_t seed, int64_t cases, double seconds, const std::string& only) {

@@ -42,25 +42,39 @@ struct Sum {
   }
 };
 
-void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEpilogue& s, float activation_min, float activation_max, float* lo,
-               float* hi) {
-  const Sum sum(s, s.x_scale, 0.0f, s.residual_scale);
+/// (a - z_a)(b - z_b), an exact product of two exact floats, times a factor.
+struct Product {
+  __m256 factor;
+  __m256i zero_a, zero_b;
+
+  Product(const SampleEpilogue& s, float f)
+      : factor(_mm256_set1_ps(f)), zero_a(_mm256_set1_epi32(s.x_zero_point)), zero_b(_mm256_set1_epi32(s.residual_zero_point)) {}
+
+  __m256 value(__m256i a, __m256i b) const { return _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)), factor); }
+};
+
+/// Rows of a, `length` codes each, with rows of b that are b_step codes apart: the range of f.value(), clamped.
+template <class Function>
+void range_of_pairs(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t length, int64_t b_step, const Function& f, float activation_min,
+                    float activation_max, float* lo, float* hi) {
   const __m256 least = _mm256_set1_ps(activation_min), most = _mm256_set1_ps(activation_max);
   __m256 low = _mm256_set1_ps(kInfinity), high = _mm256_set1_ps(-kInfinity);
-  for (int64_t i = 0; i < count; i += kVector) {
-    const Parts x(load_bytes32(a + i, count - i), sum.zero_a), y(load_bytes32(b + i, count - i), sum.zero_b);
-    for (int p = 0; p < 4; ++p) {
-      const __m256 value = clamp_ps(sum.value(x.part[p], y.part[p]), least, most), exists = lanes_of(part_mask(count - i, p));
-      low = _mm256_min_ps(_mm256_blendv_ps(low, value, exists), low);
-      high = _mm256_max_ps(_mm256_blendv_ps(high, value, exists), high);
+  for (int64_t row = 0; row < rows; ++row, a += length, b += b_step)
+    for (int64_t i = 0; i < length; i += kVector) {
+      const Parts x(load_bytes32(a + i, length - i), f.zero_a), y(load_bytes32(b + i, length - i), f.zero_b);
+      for (int p = 0; p < 4; ++p) {
+        const __m256 value = clamp_ps(f.value(x.part[p], y.part[p]), least, most), exists = lanes_of(part_mask(length - i, p));
+        low = _mm256_min_ps(_mm256_blendv_ps(low, value, exists), low);
+        high = _mm256_max_ps(_mm256_blendv_ps(high, value, exists), high);
+      }
     }
-  }
   reduce_range(low, high, lo, hi);
 }
 
-void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
-         bool channel_stats) {
-  const Sum sum(s, s.multiplier, s.inverse_scale * 0.0f, s.residual_multiplier);
+/// The same, f.value() requantized into y, [rows, length].
+template <class Function>
+void requantize_pairs(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t length, int64_t b_step, const Function& f, const SampleEpilogue& s,
+                      uint8_t* y, int64_t* stats) {
   const Rounding rounding(s.y_zero_point);
   const ClampedRounding clamped(s);
   const bool plain = ClampedRounding::covers(s, Activation::clamp);
@@ -68,40 +82,65 @@ void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, co
   __m256i clipped_lanes = _mm256_setzero_si256();
   CodeSums sums;
   int64_t total = 0, squares = 0, clipped = 0, pending = 0;
-  for (int64_t i = 0; i < count; i += kVector) {
-    const int64_t n = count - i;
-    if (!s.valid) {
-      store_bytes32(y + i, _mm256_setzero_si256(), n);
-      continue;
-    }
-    Parts x(load_bytes32(a + i, n), sum.zero_a);
-    const Parts residual(load_bytes32(b + i, n), sum.zero_b);
-    __m256i q;
-    if (plain && n >= kVector) {
-      for (int p = 0; p < 4; ++p) x.part[p] = clamped.code(sum.value(x.part[p], residual.part[p]), clipped_lanes);
-      q = _mm256_packus_epi16(clamped.words(x.part[0], x.part[1]), clamped.words(x.part[2], x.part[3]));
-    } else {
-      for (int p = 0; p < 4; ++p) {
-        const __m256 t = clamp_ps(sum.value(x.part[p], residual.part[p]), least, most);
-        clipped += count_bits(rounding.clipped(t) & part_mask(n, p));
-        x.part[p] = rounding.codes(t);
+  for (int64_t row = 0; row < rows; ++row, a += length, b += b_step, y += length)
+    for (int64_t i = 0; i < length; i += kVector) {
+      const int64_t n = length - i;
+      if (!s.valid) {
+        store_bytes32(y + i, _mm256_setzero_si256(), n);
+        continue;
       }
-      q = _mm256_packus_epi16(_mm256_packs_epi32(x.part[0], x.part[1]), _mm256_packs_epi32(x.part[2], x.part[3]));
+      Parts x(load_bytes32(a + i, n), f.zero_a);
+      const Parts other(load_bytes32(b + i, n), f.zero_b);
+      __m256i q;
+      if (plain && n >= kVector) {
+        for (int p = 0; p < 4; ++p) x.part[p] = clamped.code(f.value(x.part[p], other.part[p]), clipped_lanes);
+        q = _mm256_packus_epi16(clamped.words(x.part[0], x.part[1]), clamped.words(x.part[2], x.part[3]));
+      } else {
+        for (int p = 0; p < 4; ++p) {
+          const __m256 t = clamp_ps(f.value(x.part[p], other.part[p]), least, most);
+          clipped += count_bits(rounding.clipped(t) & part_mask(n, p));
+          x.part[p] = rounding.codes(t);
+        }
+        q = _mm256_packus_epi16(_mm256_packs_epi32(x.part[0], x.part[1]), _mm256_packs_epi32(x.part[2], x.part[3]));
+      }
+      store_bytes32(y + i, q, n);
+      sums.add(keep_bytes(q, n));
+      if (++pending == CodeSums::kFlushAfter) {
+        sums.flush(total, squares);
+        clipped += sum_epu32(clipped_lanes);
+        clipped_lanes = _mm256_setzero_si256();
+        pending = 0;
+      }
     }
-    store_bytes32(y + i, q, n);
-    sums.add(keep_bytes(q, n));
-    if (++pending == CodeSums::kFlushAfter) {
-      sums.flush(total, squares);
-      clipped += sum_epu32(clipped_lanes);
-      clipped_lanes = _mm256_setzero_si256();
-      pending = 0;
-    }
-  }
   sums.flush(total, squares);
   add_to(stats + kStatsSum, total);
   add_to(stats + kStatsSquares, squares);
   add_to(stats + kStatsClipped, clipped + sum_epu32(clipped_lanes));
+}
+
+void add_range(const uint8_t* a, const uint8_t* b, int64_t count, const SampleEpilogue& s, float activation_min, float activation_max, float* lo,
+               float* hi) {
+  range_of_pairs(a, b, 1, count, 0, Sum(s, s.x_scale, 0.0f, s.residual_scale), activation_min, activation_max, lo, hi);
+}
+
+void add(const uint8_t* a, const uint8_t* b, int64_t count, int64_t channels, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
+         bool channel_stats) {
+  requantize_pairs(a, b, 1, count, 0, Sum(s, s.multiplier, s.inverse_scale * 0.0f, s.residual_multiplier), s, y, stats);
   if (channel_stats && s.valid) add_channel_moments(y, count / channels, channels, channels, stats + kStatsSample, stats + kStatsSample + channels);
+}
+
+void mul_range(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue& s, float* lo, float* hi) {
+  const Product product(s, 1.0f);
+  if (b_step == channels) range_of_pairs(a, b, 1, rows * channels, 0, product, -kInfinity, kInfinity, lo, hi);
+  else range_of_pairs(a, b, rows, channels, b_step, product, -kInfinity, kInfinity, lo, hi);
+}
+
+void mul(const uint8_t* a, const uint8_t* b, int64_t rows, int64_t channels, int64_t b_step, const SampleEpilogue& s, uint8_t* y, int64_t* stats,
+         bool channel_stats) {
+  const Product product(s, s.multiplier);
+  if (b_step == channels) requantize_pairs(a, b, 1, rows * channels, 0, product, s, y, stats);
+  else requantize_pairs(a, b, rows, channels, b_step, product, s, y, stats);
+  if (channel_stats && s.valid) add_channel_moments(y, rows, channels, channels, stats + kStatsSample, stats + kStatsSample + channels);
 }
 
 void lookup(const uint8_t* q, int64_t rows, int64_t channels, int64_t q_stride, const Code* table, uint8_t* y, int64_t y_stride, int64_t* stats,
@@ -198,6 +237,8 @@ void install_elementwise_avx2(Kernels& table) {
   table.lookup = lookup;
   table.add_range = add_range;
   table.add = add;
+  table.mul_range = mul_range;
+  table.mul = mul;
   table.window_max = window_max;
   table.window_sums = window_sums;
   table.average_range = average_range;

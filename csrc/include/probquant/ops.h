@@ -142,6 +142,12 @@ PROBQUANT_API void add(const QuantizedInput& a, const QuantizedInput& b, int64_t
                        float activation_min, float activation_max, const RangeArguments& range, const QuantizedOutput& y,
                        const Executor& executor);
 
+/// y = a * b, elementwise [samples, count / channels, channels]; per_channel: b is [samples, channels], the same for all positions (the
+/// gate of a squeeze-and-excitation block). gaussian: predictor [alpha, beta]; mean and variance of a product of independent values,
+/// from both inputs' stats, cut to the products of their code ranges.
+PROBQUANT_API void mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, bool per_channel,
+                       const RangeArguments& range, const QuantizedOutput& y, const Executor& executor);
+
 /// y = activation(x) through a 256-entry table per sample, elementwise.
 /// gaussian (predictor []): the range of the table over all codes.
 PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind,
