@@ -17,6 +17,7 @@ from .quantize import capture, quantize
 from .telemetry import Telemetry
 from .compare import Comparison, compare  # after what it compares
 from .sensitivity import Sensitivity, sensitivity
+from . import qat
 
 __version__ = build_info()["version"]
 
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "ops",
     "ops_library",
+    "qat",
     "quantize",
     "save",
     "sensitivity",
