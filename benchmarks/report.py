@@ -1,7 +1,7 @@
 """Makes pages of the JSON files that the benchmarks wrote: tables, plots, and where ours wins, ties and loses.
 
-Every FILE becomes OUT/<name>.md, those of layers.py and models.py also OUT/<name>-<threads>.svg; those of accuracy.py become one
-page, OUT/accuracy.md, and OUT/accuracy-<model>.svg. The circumstances
+Every FILE becomes OUT/<name>.md, those of layers.py and models.py also OUT/<name>-<threads>.svg; those of accuracy.py and
+ablations.py become one page, OUT/accuracy.md, and OUT/accuracy-<model>.svg. The circumstances
 (machine, versions, date, load) come from the .run.json file beside each. Ratios compare the smallest times.
 """
 
@@ -22,6 +22,7 @@ _KINDS = {
     frozenset(("model", "batch", "threads", "contestant", "ms_min", "ms_median", "peak_activation_bytes")): "models",
     frozenset(("op", "threads", "us_min", "us_median")): "overhead",
     frozenset(("task", "model", "strategy", "shift", "metric", "value", "float32", "n")): "accuracy",
+    frozenset(("ablation", "task", "model", "strategy", "shift", "metric", "value", "float32", "n")): "ablations",
     frozenset(("what", "level", "threads", "value", "unit")): "peak",
 }
 _COLOURS = {
@@ -219,8 +220,8 @@ _METRICS = {  # of accuracy.py: title, format, factor
 }  # fmt: skip
 
 
-def accuracy_page(parts: list[tuple[list[dict], dict]], out: Path) -> str:
-    """One page of several files of accuracy.py, a section for every model."""
+def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[list[dict], dict]], out: Path) -> str:
+    """One page of several files of accuracy.py, a section for every model, and of ablations.py."""
     page = [
         "# Accuracy\n",
         "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same bias correction; pictures that calibrate "
@@ -231,7 +232,45 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], out: Path) -> str:
     for rows, run in parts:
         for model in dict.fromkeys(row["model"] for row in rows):
             page.append(_accuracy_section([row for row in rows if row["model"] == model], run, model, out))
+    if ablations:
+        page.append(
+            "## Ablations\n\nThe paper's, redone. What does not vary is: gaussian surrogate, gamma 0, 64 pictures to calibrate on, widths of least squared error, "
+            "channel profiles. Time: over that of fixed ranges in the same network, one picture, one thread, median of alternated pairs of calls. Predictors: "
+            "their bytes over the weights'.\n"
+        )
+        page += [_ablation_section(rows, run) for rows, run in ablations]
     return "\n".join(page)
+
+
+_ABLATIONS = {
+    "gamma": "Sampling stride gamma", "laws": "One law per layer, or one per output channel", "calibration": "Pictures to calibrate on",
+    "criterion": "Squared error or coverage",
+}  # fmt: skip
+
+
+def _ablation_section(rows: list[dict], run: dict) -> str:
+    parts = [circumstances(run)]
+    for ablation in dict.fromkeys(row["ablation"] for row in rows):
+        chosen = [row for row in rows if row["ablation"] == ablation]
+        cells = {(row["strategy"], row["shift"], row["metric"]): row for row in chosen}
+        shifts = list(dict.fromkeys(row["shift"] for row in chosen))
+        titles = [f"{shift}: {_METRICS[metric][0]}" for shift in shifts for metric in _ABLATION_METRICS]
+        table = []
+        for setting in dict.fromkeys(row["strategy"] for row in chosen):
+            accuracy = [_metric_text(metric, cells[setting, shift, metric]["value"]) for shift in shifts for metric in _ABLATION_METRICS]
+            cost = [f"{cells[setting, 'clean', 'time']['value']:.3f}", f"{100 * cells[setting, 'clean', 'predictor_share']['value']:.2f}"]
+            table.append([setting, *accuracy, *cost])
+        parts.append(f"### {_ABLATIONS[ablation]}\n\n{chosen[0]['model']}, {chosen[0]['n']} pictures.\n")
+        parts.append(markdown_table([ablation, *titles, "time", "predictors, %"], table) + "\n")
+    return "\n".join(parts)
+
+
+_ABLATION_METRICS = ("top1", "agreement", "sqnr_mean", "sqnr_worst1")
+
+
+def _metric_text(metric: str, value: float | None) -> str:
+    _, form, factor = _METRICS[metric]
+    return "-" if value is None else format(factor * value, form)
 
 
 def _accuracy_section(rows: list[dict], run: dict, model: str, out: Path) -> str:
@@ -249,14 +288,16 @@ def _accuracy_section(rows: list[dict], run: dict, model: str, out: Path) -> str
         for strategy in measured:
             cells = []
             for metric in metrics:
-                _, metric_form, metric_factor = _METRICS[metric]
                 value = values[shift, strategy, metric]["value"]
-                text = "-" if value is None else format(metric_factor * value, metric_form)
+                text = _metric_text(metric, value)
                 cells.append(f"**{text}**" if metric == headline and value == best else text)
             drop, low, high = (100 * values[shift, strategy, name]["value"] for name in ("drop", "drop_low", "drop_high"))
             table.append(["", strategy, cells[0], f"{drop:.1f} ({low:.1f} .. {high:.1f})", *cells[1:]])
     header = ["shift", "strategy", title, "drop, points", *(_METRICS[metric][0] for metric in metrics[1:])]
     calibration = run.get(f"calibration of {model}", "not recorded")
+    training = run.get(f"training of {model}")
+    if training and any(strategy.startswith("qat") for strategy in strategies):
+        calibration += f"; qat: {training}"
     name = model.replace("_", "-").replace(":", "-").replace(".", "-")
     image = _plot_accuracy(values, shifts, strategies, out / f"accuracy-{name}.svg")
     parts = [f"## {model}\n", f"{rows[0]['task'].capitalize()}, {rows[0]['n']} pictures; calibrated on {calibration}.\n", circumstances(run, timed=False)]
@@ -370,10 +411,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/report.py peak.json layers.json models.json overhead.json",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that peak.py, layers.py, models.py, overhead.py or accuracy.py wrote")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that peak.py, layers.py, models.py, overhead.py, accuracy.py or ablations.py wrote")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the pages (default: benchmarks/results)")
     args = parser.parse_args(argv)
     accuracy: list[tuple[list[dict], dict]] = []
+    ablations: list[tuple[list[dict], dict]] = []
     for path in args.files:
         rows = json.loads(path.read_text())
         kind = _KINDS.get(frozenset(rows[0])) if rows else None
@@ -381,14 +423,14 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"{path.name}: not a result of these benchmarks")
         beside = context_path(path)
         run = json.loads(beside.read_text()) if beside.exists() else {}
-        if kind == "accuracy":
-            accuracy.append((rows, run))
+        if kind in ("accuracy", "ablations"):
+            (accuracy if kind == "accuracy" else ablations).append((rows, run))
             continue
         page = args.out / f"{path.stem}.md"
         write_text(page, _PAGES[kind](rows, run, args.out, path.stem))
         print(page)
-    if accuracy:
-        write_text(args.out / "accuracy.md", accuracy_page(accuracy, args.out))
+    if accuracy or ablations:
+        write_text(args.out / "accuracy.md", accuracy_page(accuracy, ablations, args.out))
         print(args.out / "accuracy.md")
 
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Classification:
     calibration: ImageSet | Tensor
     evaluation: ImageSet | Tensor
     labels: Sequence[int]
+    training: ImageSet | Tensor  # may be those that calibrate, never those that are evaluated
 
     def normalize(self, pictures: Tensor) -> Tensor:
         return self.preprocessing.normalize(pictures)
@@ -88,11 +90,12 @@ def imagenet(name: str, folder: str | None, weights: str | None, calibrate_on: s
     if not known:
         raise ValueError(f"no labelled pictures in {evaluating.source}")
     evaluating = ImageSet(*(tuple(values[i] for i in known) for values in (evaluating.paths, evaluating.labels)), evaluating.source)
-    return Classification(name, model, preprocessing, calibrating.sample(calibration), evaluating, evaluating.labels)
+    return Classification(name, model, preprocessing, calibrating.sample(calibration), evaluating, evaluating.labels, calibrating)
 
 
-def cifar10(weights: str | None, file: str | None, calibration: int | None, limit: int | None) -> Classification:
-    """ResNet-20 on a .npz of x uint8 [n, 32, 32, 3] and y [n]; a random part of it (128 unless told) calibrates."""
+def cifar10(weights: str | None, file: str | None, calibration: int | None, train: int, limit: int | None) -> Classification:
+    """ResNet-20 on a .npz of x uint8 [n, 32, 32, 3] and y [n]; a random part of it (128 unless told) calibrates, `train` others are
+    there to train on (0: those that calibrate), the rest is evaluated."""
     import numpy as np
 
     from resnet20 import resnet20
@@ -102,10 +105,11 @@ def cifar10(weights: str | None, file: str | None, calibration: int | None, limi
     stored = np.load(file)
     x, y = torch.from_numpy(stored["x"]).permute(0, 3, 1, 2).contiguous(), stored["y"].tolist()
     order = random.Random(0).sample(range(len(x)), len(x))
-    held_out, rest = order[: calibration or 128], order[calibration or 128 :][:limit]
+    calibration = calibration or 128
+    held_out, training, rest = order[:calibration], order[calibration : calibration + train], order[calibration + train :][:limit]
     if not rest:
-        raise ValueError(f"--calibration {calibration} leaves none of {len(x)} pictures to evaluate")
-    return Classification("resnet20", resnet20(weights), Preprocessing(32, 32), x[held_out], x[rest], [y[i] for i in rest])
+        raise ValueError(f"--calibration {calibration} and --train {train} leave none of {len(x)} pictures to evaluate")
+    return Classification("resnet20", resnet20(weights), Preprocessing(32, 32), x[held_out], x[rest], [y[i] for i in rest], x[training or held_out])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,33 +121,34 @@ _GROUPS = 16  # of pictures, for the jackknife
 
 @dataclass
 class Detection:
-    """YOLOX-nano on COCO's val2017 layout."""
+    """A detector on COCO's val2017 layout. `network` is the module it is from (yolox.py, ssd.py): how pictures go in and boxes come out."""
 
     name: str
     model: nn.Module
+    network: ModuleType
     calibration: ImageSet
     coco: object  # pycocotools' index of the annotations
     folder: Path
     ids: list[int]
 
-    def normalize(self, pictures: Tensor) -> Tensor:
-        from yolox import network_input
+    @property
+    def training(self) -> ImageSet:
+        return self.calibration
 
-        return network_input(pictures)
+    def normalize(self, pictures: Tensor) -> Tensor:
+        return self.network.network_input(pictures)
 
     @property
     def evaluation(self) -> list[int]:
         return self.ids
 
     def pictures(self, which: ImageSet | list[int], batch: int, size: int | None = None) -> Iterator[Tensor]:
-        from yolox import letterbox
-
         if size is not None:
-            raise ValueError("the shift size:PIXELS is for classification: YOLOX's graph is exported for 416 x 416 pixels")
+            raise ValueError(f"the shift size:PIXELS is for classification: {self.name}'s boxes stand on {self.network.SIZE} x {self.network.SIZE} pixels")
         views = zip(which.paths, which.views) if isinstance(which, ImageSet) else ((self.folder / i["file_name"], 0) for i in self.coco.loadImgs(which))
         pending: list[Tensor] = []
         for path, view in views:
-            pending.append(letterbox(read_picture(path, view))[0])
+            pending.append(self.network.prepare(read_picture(path, view)))
             if len(pending) == batch:
                 yield torch.stack(pending)
                 pending = []
@@ -152,14 +157,12 @@ class Detection:
 
     def keep(self, output: Tensor, first: int) -> list[list[dict]]:
         """The detections of each picture, as COCO's results want them; `first` is the number of the batch's first picture."""
-        from yolox import SIZE, decode, non_maximum_suppression
-
-        kept, categories = [], sorted(self.coco.getCatIds())
-        for picture, boxes, scores in zip(self.coco.loadImgs(self.ids[first : first + len(output)]), *decode(output.nan_to_num()), strict=True):
-            factor = min(SIZE / picture["height"], SIZE / picture["width"])
-            boxes, scores, classes = non_maximum_suppression(boxes, scores)
+        kept, categories = [], self.network.categories(self.coco.getCatIds())
+        pictures = self.coco.loadImgs(self.ids[first : first + len(output)])
+        for picture, (boxes, scores, classes) in zip(pictures, self.network.detections(output.nan_to_num()), strict=True):
             boxes[:, 2:] -= boxes[:, :2]
-            rows = zip((boxes / factor).tolist(), scores.tolist(), classes.tolist())
+            boxes /= torch.tensor(self.network.factors(picture["width"], picture["height"]) * 2)
+            rows = zip(boxes.tolist(), scores.tolist(), classes.tolist())
             kept.append([{"image_id": picture["id"], "category_id": categories[c], "bbox": box, "score": score} for box, score, c in rows])
         return kept
 
@@ -194,14 +197,17 @@ class Detection:
         return results
 
 
-def coco(weights: str | None, folder: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Detection:
+def coco(name: str, weights: str | None, folder: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Detection:
     """`folder` holds annotations/instances_val2017.json and val2017/; photographs that come with packages calibrate."""
     from pycocotools.coco import COCO
 
-    from yolox import yolox_nano
+    import ssd
+    import yolox
 
-    if not weights or not folder:
-        raise ValueError("yolox_nano needs --weights FILE.onnx and --coco DIR")
+    if name not in ("yolox_nano", "ssd_mobilenet_v2"):
+        raise ValueError(f"no detector {name!r}; there are yolox_nano and ssd_mobilenet_v2")
+    if not folder or (name == "yolox_nano" and not weights):
+        raise ValueError(f"{name} needs {'--weights FILE.onnx and ' if name == 'yolox_nano' else ''}--coco DIR")
     annotations = Path(folder) / "annotations" / "instances_val2017.json"
     if not annotations.is_file():
         raise FileNotFoundError(f"{folder} does not hold annotations/instances_val2017.json")
@@ -211,4 +217,5 @@ def coco(weights: str | None, folder: str | None, calibrate_on: str | None, cali
     both = {path.name for path in calibrating.paths} & {picture["file_name"] for picture in index.loadImgs(index.getImgIds())}
     if both:
         raise ValueError(f"{len(both)} pictures would calibrate and be evaluated, such as {min(both)}")
-    return Detection("yolox_nano", yolox_nano(weights), calibrating.sample(calibration), index, Path(folder) / "val2017", sorted(index.getImgIds())[:limit])
+    network, model = (yolox, yolox.yolox_nano(weights)) if name == "yolox_nano" else (ssd, ssd.ssd_mobilenet_v2(weights))
+    return Detection(name, model, network, calibrating.sample(calibration), index, Path(folder) / "val2017", sorted(index.getImgIds())[:limit])

@@ -6,6 +6,7 @@ and no norm. Boxes are (left, top, right, bottom) in pixels of the network's inp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -149,6 +150,21 @@ def yolox_nano(weights: str | Path) -> nn.Module:
     return model.eval()
 
 
+def prepare(picture: Tensor) -> Tensor:
+    """uint8 [3, H, W] to uint8 [3, 416, 416]."""
+    return letterbox(picture)[0]
+
+
+def factors(width: int, height: int) -> tuple[float, float]:
+    """By what a picture of this size is scaled, horizontally and vertically."""
+    return (min(SIZE / width, SIZE / height),) * 2
+
+
+def categories(listed: list[int]) -> list[int]:
+    """The category of every class, from those that the annotations list."""
+    return sorted(listed)
+
+
 def letterbox(picture: Tensor, size: int = SIZE) -> tuple[Tensor, float]:
     """uint8 [3, H, W] to (uint8 [3, size, size], factor): the picture at the top left, bilinear, padded with 114."""
     height, width = picture.shape[1:]
@@ -196,3 +212,9 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, threshold: float = 0.
             kept.append(i)
             alive &= ~suppresses[i]
     return boxes[kept], found[kept], classes[kept]
+
+
+def detections(output: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(boxes, scores, classes) of every picture, of the network's output."""
+    for boxes, scores in zip(*decode(output), strict=True):
+        yield non_maximum_suppression(boxes, scores)

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,8 +26,8 @@ from .surrogates import CRITERIA
 
 BUILT_IN = {"efficientnet-lite0": (efficientnet_lite0, EFFICIENTNET_LITE0)}
 MODEL_HELP = (
-    "efficientnet-lite0 (ImageNet weights, from the demo's packages), or package.module:callable, "
-    "a function or class that returns the float32 nn.Module when called without arguments"
+    "efficientnet-lite0 (ImageNet weights, from the demo's packages), timm/NAME or torchvision/NAME (with the preprocessing these packages "
+    "give it; weights by --weights), or package.module:callable, a function or class that returns the float32 nn.Module when called without arguments"
 )
 
 
@@ -154,10 +156,12 @@ def named_model(name: str, weights: str | None = None) -> tuple[nn.Module, Prepr
     """The float32 model with this name (``MODEL_HELP``), with its weights, in eval mode, and the preprocessing of its input."""
     if name in BUILT_IN:
         make, preprocessing = BUILT_IN[name]
+    elif name.startswith(("timm/", "torchvision/")):
+        make, preprocessing = _from_package(*name.split("/", 1))
     else:
         module, _, function = name.partition(":")
         if not function:
-            raise ValueError(f"MODEL must be one of {', '.join(BUILT_IN)} or package.module:callable, got {name!r}")
+            raise ValueError(f"MODEL must be one of {', '.join(BUILT_IN)}, timm/NAME, torchvision/NAME or package.module:callable, got {name!r}")
         make, preprocessing = getattr(importlib.import_module(module), function, None), Preprocessing()
         if not callable(make):
             raise ValueError(f"{module!r} has no callable {function!r}")
@@ -167,6 +171,25 @@ def named_model(name: str, weights: str | None = None) -> tuple[nn.Module, Prepr
     if weights:
         _load_weights(model, weights)
     return model.eval(), preprocessing
+
+
+def _from_package(package: str, name: str) -> tuple[Callable[[], nn.Module], Preprocessing]:
+    """A model of timm or torchvision without weights, and the preprocessing that goes with the package's own."""
+    if package == "timm":
+        import timm
+
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model {name!r}")
+        config = timm.get_pretrained_cfg(name)
+        crop = config.input_size[-1]
+        return lambda: timm.create_model(name), Preprocessing(math.floor(crop / config.crop_pct), crop, tuple(config.mean), tuple(config.std))
+    import torchvision
+
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"torchvision has no classification model {name!r}")
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    sizes = transform.resize_size[0], transform.crop_size[0]
+    return lambda: torchvision.models.get_model(name, weights=None), Preprocessing(*sizes, tuple(transform.mean), tuple(transform.std))
 
 
 def _model(args: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:

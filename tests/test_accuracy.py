@@ -103,6 +103,97 @@ def test_non_maximum_suppression(benchmarks):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# SSD
+
+
+def message(*fields):
+    """A protocol buffer message of (number, bytes or int)."""
+
+    def varint(value):
+        out = bytearray()
+        while value > 127:
+            out.append(value & 127 | 128)
+            value >>= 7
+        return bytes(out) + bytes([value])
+
+    parts = []
+    for number, value in fields:
+        parts.append(varint(number << 3) + varint(value) if isinstance(value, int) else varint(number << 3 | 2) + varint(len(value)) + value)
+    return b"".join(parts)
+
+
+def graph_def(constants):
+    """A TensorFlow GraphDef of float32 constants, among a node of another kind and an integer constant."""
+
+    def constant(name, dtype, tensor_fields):
+        return message((1, message((1, name.encode()), (2, b"Const"), (5, message((1, b"value"), (2, message((8, message((1, dtype), *tensor_fields)))))))))
+
+    nodes = [message((1, message((1, b"x"), (2, b"Placeholder")))), constant("size", 3, [(7, 300)])]
+    for name, value in constants.items():
+        shape = message(*((2, message((1, size))) for size in value.shape))
+        nodes.append(constant(name, 1, [(2, shape), (4, value.detach().contiguous().numpy().tobytes())]))
+    return b"".join(nodes)
+
+
+def test_ssd_takes_the_weights_of_a_frozen_graph(benchmarks, tmp_path):
+    ssd = benchmarks("ssd")
+    torch.manual_seed(5)
+    source, constants = ssd.SSDMobileNetV2().eval(), {}
+    for i, layer in enumerate(module for module in source.modules() if isinstance(module, ssd.Conv)):
+        order = (2, 3, 0, 1) if layer.groups > 1 else (2, 3, 1, 0)
+        kernel = layer.weight.detach()
+        if layer.scope.startswith("BoxPredictor"):
+            constants[layer.scope + "/biases"] = layer.bias
+        else:  # gamma / sqrt(variance + epsilon) = 2, and a mean that the offset makes up for
+            width = len(layer.bias)
+            norm = {"gamma": torch.full((width,), 2.0), "beta": layer.bias + 0.5, "moving_mean": torch.full((width,), 0.25), "moving_variance": torch.full((width,), 0.999)}
+            constants |= {f"{layer.scope}/BatchNorm/{leaf}": value for leaf, value in norm.items()}
+            kernel = kernel / 2
+        constants[layer.scope + ("/depthwise_weights" if layer.groups > 1 else "/weights")] = kernel.permute(order)
+    (tmp_path / "graph.pb").write_bytes(graph_def(constants))
+    loaded = ssd.ssd_mobilenet_v2(tmp_path / "graph.pb")
+    x = torch.rand(1, 3, 300, 300) * 2 - 1
+    with torch.no_grad():
+        assert loaded(x).shape == (1, 1917, 94)
+        torch.testing.assert_close(loaded(x), source(x), rtol=1e-4, atol=1e-4)
+    del constants["BoxPredictor_3/ClassPredictor/biases"]
+    (tmp_path / "short.pb").write_bytes(graph_def(constants))
+    with pytest.raises(ValueError, match="short.pb holds no weights of BoxPredictor_3/ClassPredictor, want an SSD-MobileNetV2"):
+        ssd.ssd_mobilenet_v2(tmp_path / "short.pb")
+    (tmp_path / "text.pb").write_text("no protocol buffer at all")
+    with pytest.raises(ValueError, match="text.pb (is not a TensorFlow graph|holds no weights)"):
+        ssd.ssd_mobilenet_v2(tmp_path / "text.pb")
+
+
+def test_ssd_boxes(benchmarks):
+    ssd = benchmarks("ssd")
+    anchors = ssd.anchors()
+    assert anchors.shape == (1917, 4)
+    # the first level's first cell: 1 / 38 from the corner; a square of 0.1, then twice as wide as high
+    torch.testing.assert_close(anchors[:2], torch.tensor([[1 / 38, 1 / 38, 0.1, 0.1], [1 / 38, 1 / 38, 0.2 / 2**0.5, 0.2 * 2**0.5]]))
+    torch.testing.assert_close(anchors[-1], torch.tensor([0.5, 0.5, 0.95**0.5, 0.95**0.5]))
+    output = torch.full((1, 1917, 94), -20.0)
+    output[..., :4] = 0
+    cell = 1083 + 6 * (3 * 10 + 7)  # second level, row 3, column 7, the square of 0.35
+    output[0, cell, :4] = torch.tensor([1.0, -2.0, 5 * np.log(0.5), 0.0])  # down by a tenth of its height, left by two, half as high
+    output[0, cell, 4 + 16] = 3.0
+    ((boxes, scores, classes),) = ssd.detections(output)
+    y, x = 0.35 + 0.035, 0.75 - 0.07
+    torch.testing.assert_close(boxes[0], 300 * torch.tensor([x - 0.175, y - 0.0875, x + 0.175, y + 0.0875]))
+    assert len(boxes) == 1 and ssd.categories([])[int(classes[0])] == 17 and float(scores[0]) == pytest.approx(1 / (1 + np.exp(-3)))
+
+
+def test_ssd_pictures(benchmarks):
+    """As TensorFlow 1 resizes: pixel i from position i * H / 300."""
+    ssd = benchmarks("ssd")
+    picture = torch.randint(0, 256, (3, 600, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ssd.prepare(picture), picture[:, ::2])
+    ramp = torch.arange(150, dtype=torch.uint8).expand(3, 20, 150)
+    assert torch.equal(ssd.prepare(ramp)[0, 0, :298:2].int(), torch.arange(149, dtype=torch.int32)) and ssd.factors(600, 200) == (0.5, 1.5)
+    assert float(ssd.network_input(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).max()) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Judging
 
 
@@ -121,7 +212,7 @@ def test_paired_interval(benchmarks):
 
 def test_classification_is_judged_by_pairs(benchmarks):
     tasks = benchmarks("tasks")
-    task = tasks.Classification("t", torch.nn.Identity(), tasks.Preprocessing(8, 8), torch.zeros(0), torch.zeros(0), [0, 1, 2, 3])
+    task = tasks.Classification("t", torch.nn.Identity(), tasks.Preprocessing(8, 8), torch.zeros(0), torch.zeros(0), [0, 1, 2, 3], torch.zeros(0))
     assert task.keep(torch.tensor([[0.1, 0.9], [2.0, 1.0]]), 0) == [1, 0]
     judged = task.judge([0, 1, 9, 9], [0, 8, 2, 8])
     assert judged["top1"] == (0.5, 0.5) and judged["agreement"] == (0.25, 1.0) and judged["drop"] == (0.0, 0.0)
@@ -147,7 +238,7 @@ def coco_folder(tmp_path):
 def test_detection_is_judged_by_coco(benchmarks, coco_folder, tmp_path):
     tasks, yolox = benchmarks("tasks"), benchmarks("yolox")
     onnx_of(convolutions(yolox.YoloxNano()), tmp_path / "nano.onnx")
-    task = tasks.coco(str(tmp_path / "nano.onnx"), str(coco_folder), None, 5, None)
+    task = tasks.coco("yolox_nano", str(tmp_path / "nano.onnx"), str(coco_folder), None, 5, None)
     assert len(task.evaluation) == 20 and len(task.calibration) == 5
     (batch,) = task.pictures(task.evaluation[:2], 8)
     assert batch.shape == (2, 3, 416, 416) and batch.dtype == torch.uint8
@@ -176,11 +267,11 @@ def test_no_picture_both_calibrates_and_is_evaluated(benchmarks, coco_folder, tm
     tasks, yolox = benchmarks("tasks"), benchmarks("yolox")
     onnx_of(convolutions(yolox.YoloxNano()), tmp_path / "nano.onnx")
     with pytest.raises(ValueError, match="20 pictures would calibrate and be evaluated"):
-        tasks.coco(str(tmp_path / "nano.onnx"), str(coco_folder), str(coco_folder / "val2017"), None, None)
+        tasks.coco("yolox_nano", str(tmp_path / "nano.onnx"), str(coco_folder), str(coco_folder / "val2017"), None, None)
     torch.save({"state_dict": benchmarks("resnet20").ResNet20().state_dict()}, tmp_path / "r.th")
     x = np.arange(20 * 32 * 32 * 3).reshape(20, 32, 32, 3) % 251
     np.savez(tmp_path / "c.npz", x=x.astype(np.uint8), y=np.zeros(20, dtype=np.uint8))
-    task = tasks.cifar10(str(tmp_path / "r.th"), str(tmp_path / "c.npz"), 8, None)
+    task = tasks.cifar10(str(tmp_path / "r.th"), str(tmp_path / "c.npz"), 8, 0, None)
     assert len(task.calibration) == 8 and len(task.evaluation) == 12
     assert not {p.numpy().tobytes() for p in task.calibration} & {p.numpy().tobytes() for p in task.evaluation}
 
@@ -207,23 +298,34 @@ def test_mixed_gives_every_picture_its_own_shift(benchmarks):
     assert len({mixed(picture, i).numpy().tobytes() for i in range(20)}) > 10
 
 
+def last_range(history):
+    """Of the network's first layer, what its next picture gets."""
+    past = next(iter(history.past.values()))
+    return min(lo for lo, _ in past), max(hi for _, hi in past)
+
+
 def test_history_uses_the_ranges_of_the_pictures_before(benchmarks):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3), torch.nn.Conv2d(4, 2, 1)).eval()
     pictures = torch.randn(6, 3, 12, 12)
     dynamic = pq.quantize(model, [pictures], strategy="dynamic", progress=False)
     with torch.no_grad():
-        history = benchmarks("accuracy").History(dynamic)
-        assert torch.equal(history(pictures[:1]), dynamic(pictures[:1]))  # nothing was before: its own range
-        (first,) = {node: r for node, r in history.ranges.items() if node.name == next(iter(history.ranges)).name}.values()
-        again = benchmarks("accuracy").History(dynamic)
-        again(pictures[:1])
-        loud = again(10 * pictures[1:2])  # clipped to the quiet one's range
-        assert float(loud.abs().max()) < 0.5 * float(dynamic(10 * pictures[1:2]).abs().max())
-        (second,) = {node: r for node, r in again.ranges.items() if node.name == next(iter(again.ranges)).name}.values()
-        assert second[1] > 1.5 * first[1]  # a tenth of the way to a range ten times as large
-        one_by_one = benchmarks("accuracy").History(dynamic)
-        assert torch.equal(torch.cat([one_by_one(p[None]) for p in pictures]), benchmarks("accuracy").History(dynamic)(pictures))
+        for window in (None, 2):
+            history = benchmarks("accuracy").History(dynamic, window)
+            assert torch.equal(history(pictures[:1]), dynamic(pictures[:1]))  # nothing was before: its own range
+            first = last_range(history)
+            loud = history(10 * pictures[1:2])  # clipped to the quiet one's range
+            assert float(loud.abs().max()) < 0.5 * float(dynamic(10 * pictures[1:2]).abs().max())
+            if window is None:
+                assert 1.5 * first[1] < last_range(history)[1] < 2.5 * first[1]  # a tenth of the way to a range ten times as large
+            else:
+                assert last_range(history)[1] > 5 * first[1]  # the extremes of the last two pictures
+                history(pictures[:1])
+                assert last_range(history)[1] > 5 * first[1]
+                history(pictures[:1])  # the loud one is forgotten
+                assert last_range(history) == first
+            one_by_one, batched = (benchmarks("accuracy").History(dynamic, window) for _ in range(2))
+            assert torch.equal(torch.cat([one_by_one(p[None]) for p in pictures]), batched(pictures))
 
 
 def test_the_script(benchmarks, tmp_path):
@@ -232,20 +334,47 @@ def test_the_script(benchmarks, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "c.npz", x=rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), y=rng.integers(0, 10, 24))
     command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--task", "classification", "--models", "resnet20", "--cifar", "c.npz", "--calibration", "8"]
-    options = ["--strategies", "static:minmax,dynamic:profile", "history", "probabilistic:gamma=2:gaussian_channel", "--shifts", "clean,mixed", "size:40"]
+    strategies = ["static:minmax,dynamic:profile", "history", "probabilistic:gamma=2:gaussian_channel", "history:delayed:window=3", "qat:static"]
+    options = ["--strategies", *strategies, "--train", "6", "--epochs", "1", "--shifts", "clean,mixed", "size:40"]
     done = subprocess.run([*command, "--weights", "r.th", *options, "--json", "a.json"], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())
-    assert len(rows) == 4 * 3 * 7
+    assert len(rows) == 6 * 3 * 7
     for row in rows:
-        assert list(row) == ["task", "model", "strategy", "shift", "metric", "value", "float32", "n"] and row["n"] == 16
-    assert all(row["value"] > 15 for row in rows if row["metric"] == "sqnr_mean" and row["strategy"] != "history")
+        assert list(row) == ["task", "model", "strategy", "shift", "metric", "value", "float32", "n"] and row["n"] == 10
+    assert all(row["value"] > 15 for row in rows if row["metric"] == "sqnr_mean" and not row["strategy"].startswith("history"))
     report = [sys.executable, str(BENCHMARKS / "report.py"), "a.json", "--out", "results"]
     assert subprocess.run(report, cwd=tmp_path, timeout=300, check=False).returncode == 0
     page = (tmp_path / "results" / "accuracy.md").read_text()
-    assert "## resnet20" in page and "calibrated on 8 pictures: held out" in page and page.count("| float32 |") == 3
+    assert "## resnet20" in page and "calibrated on 8 pictures: held out; qat: 1 epochs on 6 pictures, learning rate 0.0001" in page and page.count("| float32 |") == 3
     assert page.count("| dynamic:profile |") == 3 and (tmp_path / "results" / "accuracy-resnet20.svg").exists()
     for wrong, says in ((["--strategies", "statik"], "strategy is 'statik'"), (["--shifts", "snow"], "shift 'snow'"), ([], "resnet20 needs --weights")):
         extra = ["--weights", "r.th"] if wrong else []
         failed = subprocess.run([*command, *extra, *wrong], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
         assert failed.returncode == 1 and says in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_ablations(benchmarks, tmp_path, monkeypatch):
+    """Rows of every setting, and their tables."""
+    ablations, tasks, report = benchmarks("ablations"), benchmarks("tasks"), benchmarks("report")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)).eval()
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (30, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    task = tasks.Classification("t", model, tasks.Preprocessing(12, 12), pictures[:20], pictures[20:], [0] * 10, pictures[:20])
+    monkeypatch.setattr(ablations, "task_with_pictures", lambda *_: task)
+    monkeypatch.setattr(ablations, "_PICTURES", 16)
+    reduced = {name: {setting: (min(count, 16), options) for setting, (count, options) in list(settings.items())[:2]} for name, settings in ablations.ABLATIONS.items()}
+    monkeypatch.setattr(ablations, "ABLATIONS", reduced)
+    ablations.main(["--imagenet", "x", "--shifts", "clean", "dark", "--json", str(tmp_path / "ablations.json")])
+    rows = json.loads((tmp_path / "ablations.json").read_text())
+    assert len(rows) == 4 * 2 * (2 * 7 + 2)
+    share = {row["strategy"]: row["value"] for row in rows if row["ablation"] == "gamma" and row["metric"] == "predictor_share"}
+    assert set(share) == {"gamma 0", "gamma 1"} and all(0 < value < 1 for value in share.values())
+    assert all(0.2 < row["value"] < 20 for row in rows if row["metric"] == "time")
+    report.main([str(tmp_path / "ablations.json"), "--out", str(tmp_path)])
+    page = (tmp_path / "accuracy.md").read_text()
+    assert page.count("### ") == 4 and page.count("| gamma 1 |") == 1 and "predictors, %" in page
+    with pytest.raises(SystemExit, match="20 pictures to calibrate on, want 256"):
+        monkeypatch.setattr(ablations, "ABLATIONS", {"calibration": {"fixed": (256, {})}})
+        ablations.main(["--imagenet", "x", "--ablations", "calibration"])

@@ -1,5 +1,6 @@
 """python -m probquant, from the outside."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import probquant as pq
-from probquant.__main__ import main
+from probquant.__main__ import main, named_model
 
 NETWORK = """
 from torch import nn
@@ -106,10 +107,24 @@ def test_options_of_quantize_arrive(workplace, capsys):
     assert (settings["bias_correction"], settings["channel_profile"]) == (True, True)
 
 
+@pytest.mark.parametrize(("package", "name", "resize"), [("timm", "mobilenetv3_small_100", 256), ("torchvision", "mobilenet_v3_small", 256)])
+def test_models_by_name(package, name, resize):
+    """With the preprocessing that goes with them, without weights."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter beside another torch than it was built for
+        pytest.skip(f"{package}: {error}")
+    model, preprocessing = named_model(f"{package}/{name}")
+    assert (preprocessing.resize, preprocessing.crop) == (resize, 224) and preprocessing.mean == (0.485, 0.456, 0.406)
+    assert not model.training and sum(p.numel() for p in model.parameters()) > 2e6
+    with pytest.raises(ValueError, match=f"{package} has no .*model 'resnet_of_nobody'"):
+        named_model(f"{package}/resnet_of_nobody")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "resnet"], "efficientnet-lite0 or package.module:callable, got 'resnet'"),
+        (["quantize", "resnet"], "efficientnet-lite0, timm/NAME, torchvision/NAME or package.module:callable, got 'resnet'"),
         (["quantize", "no_such_module:f", "--images", "images"], "no_such_module"),
         (["quantize", "tiny_network:number", "--images", "images"], "no callable 'number'"),
         (["quantize", "tiny_network:not_a_network", "--images", "images"], "returned str, not a torch.nn.Module"),
