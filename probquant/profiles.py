@@ -126,6 +126,9 @@ def find_components(units: list[Unit]) -> list[Component]:
             runs[output] = [run for node in unit.inputs for run in runs[node]]
             for v, _ in runs[output]:
                 related.join(v, runs[output][0][0])
+        elif unit.kind == "mul" and source in runs:  # the second factor has none
+            runs[output] = list(runs[source])
+            bar(unit.inputs[1])
         elif (unit.kind in _LINEAR or (unit.kind == "activation" and _scales_freely(unit))) and source in runs:
             before, after = shape_of(source), shape_of(output)
             positions = after[-1] // before[1] if len(after) == 2 and len(before) == 4 else 1

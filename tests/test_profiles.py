@@ -64,6 +64,8 @@ JOINED = {
     "relu6": (lambda a, b: F.relu6(a), 8),
     "add": (lambda a, b: F.silu(a) + F.silu(b), 8),
     "relu behind add": (lambda a, b: F.relu(a + b), 8),
+    "product": (lambda a, b: F.silu(a) * F.sigmoid(b), 8),
+    "gate": (lambda a, b: F.silu(a) * F.sigmoid(b).mean((2, 3), keepdim=True), 8),
     "concat": (lambda a, b: torch.cat([F.silu(a), F.silu(b)], 1), 16),
     "concat of a sum": (lambda a, b: sum_and_part(F.silu(a), F.silu(b)), 16),
     "max pool": (lambda a, b: F.max_pool2d(F.silu(a), 2), 8),

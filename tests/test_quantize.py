@@ -214,6 +214,19 @@ def test_products_that_are_no_int8_op_stay_float():
     close(run(qmodel, (x,)), run(model, (x,)))
 
 
+def test_heads_that_are_flattened_channels_last():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x):
+            return self.head(self.stem(x)).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 3)
+
+    model, x = Head().eval(), torch.randn(4, 3, 6, 6)
+    close(run(pq.quantize(model, [x], progress=False), (x,)), run(model, (x,)))
+
+
 @pytest.mark.parametrize("standing", ["behind a layer", "alone", "of a layer that others read"])
 def test_hardsigmoid(standing):
     class Gate(nn.Module):
