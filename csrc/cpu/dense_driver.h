@@ -25,7 +25,7 @@ constexpr int kTileRows = PROBQUANT_TILE_ROWS;
 constexpr int kPanelBlocks = 4;          // most blocks of a register tile
 constexpr int kStraddledRows = 6;        // tiles straddle samples of fewer rows
 constexpr int kCallSegments = 16;        // segments that one call of a register tile takes, at most
-constexpr int64_t kShortLine = 10;       // lines of fewer positions are not worth parts of their own
+constexpr int64_t kShortLine = 7;        // lines of fewer positions are not worth parts of their own
 constexpr int64_t kPieceBytes = 256;     // longest segment of a table
 constexpr int64_t kChunkSamples = 128;   // whose constants and counters a thread holds
 constexpr int64_t kChunkRows = 16384;    // keeps 32-bit partial moments far from overflow
@@ -152,6 +152,7 @@ class DenseDriver {
             const uint8_t* ahead = panel.block + panel.blocks * layout.block_bytes;
             const uint8_t* const stop = panel.channel + panel.channels < range.channel_end ? ahead + panel.blocks * layout.block_bytes : ahead;
             kernel.start_weights(panel.block, panel.blocks, end - begin);
+            if constexpr (Kernel::kPrefetches) ahead = stop;
             const int64_t share = ceil_div(panel.blocks * layout.block_bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
               for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
@@ -260,14 +261,25 @@ class DenseDriver {
         if (count == 0) return;
         if (part_rows && line_length(width, y1 - y0) >= kShortLine) {
           const int64_t line = line_length(width, y1 - y0), parts = ceil_div(line, part_rows);
-          for (int64_t at = from; at < from + count;) {
+          int64_t at = from, oy = y0 + at / width, ox = x0 + at % width;
+          int64_t in_line = at % line, part_end = 0;  // of the part that `at` is in
+          int64_t index = 0;
+          while (part_end <= in_line) part_end = line * ++index / parts;
+          while (at < from + count) {
             start_tile(tile);
             for (int part = 0; part < 2 && at < from + count; ++part) {
-              const int64_t index = at % line * parts / line;  // rounding may give the part before
-              int64_t to = line * (index + 1) / parts;
-              if (to <= at % line) to = line * (index + 2) / parts;
-              to = min_i(at - at % line + to, from + count);
-              for (; at < to; ++at) add_row(tile, sample, y0 + at / width, x0 + at % width, !inside);
+              const int64_t rows = min_i(part_end - in_line, from + count - at);
+              for (int64_t left = rows; left > 0;) {
+                const int64_t in_row = min_i(left, x1 - ox);
+                add_rows(tile, sample, oy, ox, in_row, !inside);
+                left -= in_row;
+                ox += in_row;
+                if (ox == x1) ox = x0, ++oy;
+              }
+              at += rows;
+              in_line = part_end;
+              if (index == parts) in_line = index = 0;
+              part_end = line * ++index / parts;
               if (part == 0) tile.part = tile.rows;
             }
             if (inside) tile.box = full;
@@ -328,6 +340,26 @@ class DenseDriver {
     valid_taps(iy, s.in_height, s.dilation_height, s.kernel_height, b.ky0, b.ky1);
     valid_taps(ix, s.in_width, s.dilation_width, s.kernel_width, b.kx0, b.kx1);
     return b;
+  }
+
+  /// Neighbours in a row of the output.
+  void add_rows(Tile& tile, int64_t sample, int64_t oy, int64_t ox, int64_t count, bool near_border) const {
+    if (near_border) {
+      for (int64_t i = 0; i < count; ++i) add_row(tile, sample, oy, ox + i, true);
+      return;
+    }
+    const int first = tile.rows;
+    const int64_t iy = oy * s.stride_height - s.padding_top, ix = ox * s.stride_width - s.padding_left, step = s.stride_width * s.in_channels;
+    const uint8_t* x = p.x + (((sample * s.in_height + iy) * s.in_width + ix) * s.in_channels + group * layout.inputs);
+    const int64_t row = sample * p.rows_per_sample + oy * p.out_width + ox;
+    for (int64_t i = 0; i < count; ++i) {
+      tile.x[first + i] = x + i * step;
+      tile.row[first + i] = row + i;
+      tile.sample[first + i] = sample;
+      tile.iy[first + i] = iy;
+      tile.ix[first + i] = ix + i * s.stride_width;
+    }
+    tile.rows += static_cast<int>(count);
   }
 
   void add_row(Tile& tile, int64_t sample, int64_t oy, int64_t ox, bool near_border) const {

@@ -14,6 +14,8 @@
 #include "../avx512vnni/dense_epilogue.h"
 #include "tiles.h"
 
+#include <cstdlib>
+
 namespace probquant {
 namespace {
 
@@ -81,8 +83,32 @@ int64_t steps_of_tile(int64_t steps) {
   return kTileSteps;
 }
 
+/// Bytes that a row gives to a vector of gathered ones.
+struct Piece {
+  const uint8_t* const* rows;
+  int64_t offset;  ///< from a row's pointer to what would come into lane 0
+  __mmask64 lanes;
+};
+
+/// Writes one vector of every row.
+template <int kPieces>
+void copy_pieces(const Piece* pieces, int rows, uint8_t* to) {
+  for (int i = 0; i < rows; ++i, to += kGatheredStride) {
+    __m512i v = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int k = 0; k < kPieces; ++k) v = _mm512_mask_loadu_epi8(v, pieces[k].lanes, pieces[k].rows[i] + pieces[k].offset);
+    _mm512_store_si512(to, v);
+  }
+}
+using CopyPieces = void (*)(const Piece*, int, uint8_t*);
+constexpr int kMostPieces = 16;  ///< of 4 bytes
+constexpr CopyPieces kCopies[kMostPieces + 1] = {nullptr,        copy_pieces<1>,  copy_pieces<2>,  copy_pieces<3>,  copy_pieces<4>,  copy_pieces<5>,
+                                                 copy_pieces<6>, copy_pieces<7>,  copy_pieces<8>,  copy_pieces<9>,  copy_pieces<10>, copy_pieces<11>,
+                                                 copy_pieces<12>, copy_pieces<13>, copy_pieces<14>, copy_pieces<15>, copy_pieces<16>};
+
 class AmxKernel : public DenseEpilogue {
  public:
+  static constexpr bool kPrefetches = true;
   static constexpr int64_t kWeightsInCache = 1 << 20;
   static constexpr int64_t kInputInCache = 1 << 20;
   static int64_t max_rows(int64_t) { return kTileRows; }
@@ -92,8 +118,9 @@ class AmxKernel : public DenseEpilogue {
       : DenseEpilogue(owner.p, kind),
         driver(owner),
         part_rows(longest_part),
-        tile_steps(steps_of_tile(p.layout.segment_taps > 1 ? p.layout.steps : p.layout.segment_steps)),
-        gathered_steps(kGatheredBytes / 4 / tile_steps * tile_steps) {
+        tile_steps(steps_of_tile(owner.p.layout.segment_taps > 1 ? owner.p.layout.steps : owner.p.layout.segment_steps)),
+        gathered_steps(kGatheredBytes / 4 / tile_steps * tile_steps),
+        joined(owner.p.layout.segment_taps > 1) {
     TileConfiguration tiles;
     for (int tile = 0; tile < 4; ++tile) tiles.set(tile, part_rows, kTileBytes);
     for (int tile = 4; tile < 6; ++tile) tiles.set(tile, part_rows, 4 * tile_steps);
@@ -104,9 +131,18 @@ class AmxKernel : public DenseEpilogue {
   AmxKernel& operator=(const AmxKernel&) = delete;
   ~AmxKernel() { release_tiles(); }  // a configuration left behind would be saved with every switch of the thread
 
+  /// The next panel's weights come from L3 or memory while this one's multiply, a share in each step.
+  void start_weights(const uint8_t* block, int64_t panel_blocks, int64_t rows) {
+    const int64_t bytes = panel_blocks * p.layout.block_bytes, steps = max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps);
+    ahead = block + bytes;
+    ahead_end = min_p(ahead + bytes, p.packed_weight + p.layout.trailer_offset());
+    ahead_lines = static_cast<int>(ceil_div(bytes, 64 * steps));
+  }
+
   void start_tile(const Tile& tile) {
     if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) finish_pending();
     DenseEpilogue::start_tile(tile);
+    kept = 0;
     strided = part_stride(tile, 0, tile.part, stride[0]) && part_stride(tile, tile.part, tile.rows, stride[1]);
   }
 
@@ -116,7 +152,8 @@ class AmxKernel : public DenseEpilogue {
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
-    segments.accumulate(tile, panel, [&](const TileInput& in, bool) {
+    segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
+      segments_complete = last && !in.partial;
       if (!in.partial) start_sums(in, tile);
       multiply(in, tile);
     });
@@ -139,6 +176,8 @@ class AmxKernel : public DenseEpilogue {
   }
 
  private:
+  static const uint8_t* min_p(const uint8_t* a, const uint8_t* b) { return a < b ? a : b; }
+
   /// Bytes between the rows [begin, end) of a tile, if it is the same for all of them and all rows of a part can be read from there.
   bool part_stride(const Tile& tile, int begin, int end, int64_t& bytes) const {
     bytes = end - begin > 1 ? tile.x[begin + 1] - tile.x[begin] : 0;
@@ -180,47 +219,60 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void multiply(const TileInput& in, const Tile& tile) {
-    const bool direct = strided && in.row_step == 0;
+    if (kept > 0) {  // the rows that the panel before met
+      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, kept);
+      return;
+    }
+    const bool direct = strided && in.row_step == 0 && !joined;
+    bool all_gathered = true;
     for (int i = 0; i < in.segment_count; ++i) {
       const Segment& segment = in.segments[i];
       const uint8_t* const* rows = in.rows + i * in.row_step;
       const int64_t whole = direct ? segment.steps / tile_steps : 0, done = whole * tile_steps;
       if (whole > 0) {
-        multiply_gathered(in);
-        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1],
-                       in.weights + segment.weight_offset, in.block_bytes, whole);
+        multiply_gathered(in, tile);
+        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset,
+                       in.block_bytes, whole);
+        all_gathered = false;
       }
-      if (done < segment.steps) gather(in, rows, tile.rows, segment.x_offset + 4 * done, segment.weight_offset + done * kStreamBytes, segment.steps - done);
+      if (done < segment.steps)
+        all_gathered &= gather(in, tile, rows, segment.x_offset + 4 * done, segment.weight_offset + done * kStreamBytes, segment.steps - done);
     }
-    multiply_gathered(in);
+    const int64_t tiles = multiply_gathered(in, tile);
+    if (all_gathered && segments_complete) kept = tiles;
   }
 
-  /// Copies what rows have for `steps` steps of the stream, and multiplies what does not fit.
-  void gather(const TileInput& in, const uint8_t* const* rows, int count, int64_t x_offset, int64_t weight_offset, int64_t steps) {
+  /// Notes what rows have for `steps` steps of the stream, and multiplies before that what does not fit beside it. Whether all fits.
+  bool gather(const TileInput& in, const Tile& tile, const uint8_t* const* rows, int64_t x_offset, int64_t weight_offset, int64_t steps) {
+    bool fits = true;
     while (steps > 0) {
-      if (gathered == gathered_steps || (gathered > 0 && weight_offset != gathered_offset + gathered * kStreamBytes)) multiply_gathered(in);
-      if (gathered == 0) gathered_offset = weight_offset;
-      const int64_t take = min_i(steps, gathered_steps - gathered), bytes = 4 * take;
-      for (int i = 0; i < count; ++i) {
-        const uint8_t* from = rows[i] + x_offset;
-        uint8_t* to = gathered_rows[i] + 4 * gathered;
-        for (int64_t at = 0; at < bytes; at += 64) _mm512_storeu_si512(to + at, _mm512_maskz_loadu_epi8(first_lanes64(bytes - at), from + at));
+      if (gathered == gathered_steps || (gathered > 0 && weight_offset != gathered_offset + gathered * kStreamBytes)) {
+        multiply_gathered(in, tile);
+        fits = false;
       }
-      gathered_count = count;
+      if (gathered == 0) gathered_offset = weight_offset;
+      const int64_t lane = 4 * gathered % 64, take = min_i(min_i(steps, gathered_steps - gathered), (64 - lane) / 4);
+      if (lane == 0) vector_pieces[4 * gathered / 64] = 0;
+      Piece& piece = pieces[4 * gathered / 64][vector_pieces[4 * gathered / 64]++];
+      piece = {rows, x_offset - lane, first_lanes64(4 * take) << lane};
       gathered += take;
       steps -= take;
-      x_offset += bytes;
+      x_offset += 4 * take;
       weight_offset += take * kStreamBytes;
     }
+    return fits;
   }
 
-  void multiply_gathered(const TileInput& in) {
-    if (gathered == 0) return;
-    if (gathered % tile_steps != 0)
-      for (int i = 0; i < gathered_count; ++i) _mm512_storeu_si512(gathered_rows[i] + 4 * gathered, _mm512_setzero_si512());
-    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes,
-                   ceil_div(gathered, tile_steps));
+  /// Copies the rows' pieces together, with zeros behind the last one, and multiplies them. Returns how many tiles that took.
+  int64_t multiply_gathered(const TileInput& in, const Tile& tile) {
+    if (gathered == 0) return 0;
+    const int64_t tiles = ceil_div(gathered, tile_steps), vectors = ceil_div(4 * gathered, 64);
+    for (int64_t i = 0; i < vectors; ++i) kCopies[vector_pieces[i]](pieces[i], tile.rows, gathered_rows[0] + 64 * i);
+    if (64 * vectors < 4 * tiles * tile_steps)
+      for (int i = 0; i < tile.rows; ++i) _mm512_store_si512(gathered_rows[i] + 64 * vectors, _mm512_setzero_si512());
+    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, tiles);
     gathered = 0;
+    return tiles;
   }
 
   void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes,
@@ -246,6 +298,7 @@ class AmxKernel : public DenseEpilogue {
         multiply_tiles<2, 5, 6>();
       }
       if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
+      for (int i = 0; i < ahead_lines && ahead < ahead_end; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       for (int i = 0; i < rows_per_step && pending.left > 0; ++i) pending.finish_rows();
     }
   }
@@ -273,23 +326,123 @@ class AmxKernel : public DenseEpilogue {
 
   const DenseDriver& driver;
   const int64_t part_rows, tile_steps, gathered_steps;
+  const bool joined;  ///< segments are a few bytes, and several of them fill a tile
   bool strided = false;
   int64_t stride[2];
   int parts = 1, blocks = 1, second_row = 0;
   Pending pending;
+  const uint8_t *ahead = nullptr, *ahead_end = nullptr;
+  int ahead_lines = 0;
   int rows_per_step = 0;
 
-  int64_t gathered = 0, gathered_offset = 0;
-  int gathered_count = 0;
+  int64_t gathered = 0, gathered_offset = 0;  ///< steps that are noted, and where their weights begin
+  int64_t kept = 0;                           ///< tiles of gathered rows that are all that this tile's panels need
+  bool segments_complete = false;             ///< the call has all of the tile's
+  int vector_pieces[kGatheredBytes / 64];
+  Piece pieces[kGatheredBytes / 64][kMostPieces];
   alignas(64) int32_t correction[kTileRows][kRowSums];
   alignas(64) uint8_t gathered_rows[kTileRows][kGatheredStride];
 };
 
-void run(const LayerProblem& p, const LayerRange& range, Output output) {
+void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output) {
   DenseDriver driver(p);
   const int64_t longest_part = driver.make_parts(range);
   AmxKernel kernel(driver, output, longest_part);
   driver.run(range, kernel);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Padding
+
+/// Memory that a thread keeps.
+struct Scratch {
+  uint8_t* data = nullptr;
+  int64_t bytes = 0;
+
+  ~Scratch() { std::free(data); }
+  uint8_t* at_least(int64_t wanted) {
+    if (wanted <= bytes) return data;
+    std::free(data);
+    bytes = 0;
+    data = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(wanted, 64) * 64)));
+    if (data) bytes = wanted;
+    return data;
+  }
+};
+thread_local Scratch padded_scratch;
+
+constexpr int64_t kPaddedBytes = 256 << 10;  ///< of a copy: it stays in L2 beside the weights
+
+/// Copies lines [begin, end) of a sample, which may lie outside of it, with its padding.
+uint8_t* copy_padded(const LayerProblem& p, int64_t sample, int64_t begin, int64_t end, uint8_t* to) {
+  const Conv2dShape& s = p.shape;
+  const int64_t left = s.padding_left * s.in_channels, inside = s.in_width * s.in_channels, right = s.padding_right * s.in_channels;
+  const int zero_point = p.samples[sample].x_zero_point;
+  const auto fill = [&](int64_t bytes) {
+    __builtin_memset(to, zero_point, static_cast<size_t>(bytes));
+    to += bytes;
+  };
+  for (int64_t y = begin; y < end; ++y) {
+    if (y < 0 || y >= s.in_height) {
+      fill(left + inside + right);
+      continue;
+    }
+    fill(left);
+    __builtin_memcpy(to, p.x + (sample * s.in_height + y) * inside, static_cast<size_t>(inside));
+    to += inside;
+    fill(right);
+  }
+  return to;
+}
+
+/// Rows [begin, end) of the layer, which are whole samples or lie in one, on a copy of their input that has its padding.
+bool run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
+  const Conv2dShape& s = p.shape;
+  const int64_t rows = p.rows_per_sample, sample = range.row_begin / rows, samples = ceil_div(range.row_end, rows) - sample;
+  const int64_t first = samples > 1 ? 0 : range.row_begin % rows / p.out_width;
+  const int64_t last = samples > 1 ? p.out_height : ceil_div(range.row_end - sample * rows, p.out_width);  // lines [first, last) of the output
+  const int64_t y0 = first * s.stride_height - s.padding_top, y1 = (last - 1) * s.stride_height - s.padding_top + (s.kernel_height - 1) * s.dilation_height + 1;
+  LayerProblem q = p;
+  q.shape.batch = samples;
+  q.shape.in_height = y1 - y0;
+  q.shape.in_width = s.in_width + s.padding_left + s.padding_right;
+  q.shape.padding_top = q.shape.padding_bottom = q.shape.padding_left = q.shape.padding_right = 0;
+  uint8_t* to = padded_scratch.at_least(samples * q.shape.in_height * q.shape.in_width * s.in_channels);
+  if (!to) return false;
+  q.x = to;
+  for (int64_t n = sample; n < sample + samples; ++n) to = copy_padded(p, n, y0, y1, to);
+  q.out_height = last - first;
+  q.rows_per_sample = q.out_height * p.out_width;
+  const int64_t before = sample * rows + first * p.out_width, values = before * s.out_channels;  // rows before the first of q's
+  q.samples += sample;
+  if (output == Output::codes) q.y += values, q.stats = p.stats_row(sample);
+  if (output == Output::floats) q.y_float += values;
+  if (output == Output::accumulators) q.accumulators += values, q.range += 2 * sample;
+  if (q.residual) q.residual += values;
+  run_unpadded(q, {range.row_begin - before, range.row_end - before, range.channel_begin, range.channel_end}, output);
+  return true;
+}
+
+/// Tiles load x from where it lies, so a layer with padding works on copies of a few samples, or of some lines of one.
+void run(const LayerProblem& p, const LayerRange& range, Output output) {
+  const Conv2dShape& s = p.shape;
+  const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
+  if (!padded || p.layout.segment_taps > 1 || range.row_begin >= range.row_end) return run_unpadded(p, range, output);
+  const int64_t line = (s.in_width + s.padding_left + s.padding_right) * s.in_channels, rows = p.rows_per_sample;
+  const int64_t lines = (p.out_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
+  for (int64_t row = range.row_begin; row < range.row_end;) {
+    const int64_t left_samples = (range.row_end - row) / rows, fitting_samples = min_i(kPaddedBytes / (line * lines), left_samples);
+    int64_t end;
+    if (row % rows == 0 && fitting_samples > 0) {
+      end = row + rows * fitting_samples;
+    } else {  // lines of one sample
+      const int64_t most = max_i(1, (kPaddedBytes / line - (s.kernel_height - 1) * s.dilation_height - 1) / s.stride_height + 1);
+      end = min_i(row / rows * rows + min_i(rows, (row % rows / p.out_width + most) * p.out_width), range.row_end);
+    }
+    const LayerRange part{row, end, range.channel_begin, range.channel_end};
+    if (!run_padded(p, part, output)) run_unpadded(p, part, output);
+    row = end;
+  }
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }

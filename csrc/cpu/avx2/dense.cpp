@@ -331,6 +331,7 @@ struct PanelConstants {
 /// Finishes tiles, and gathers statistics.
 class DenseKernel {
  public:
+  static constexpr bool kPrefetches = false;  ///< the next panel's weights, by itself
   static constexpr int64_t kWeightsInCache = 96 << 10;  ///< of packed ones; twice that when widened
   static constexpr int64_t kInputInCache = 256 << 10;
   static int64_t max_rows(int64_t) { return kTileRows; }

@@ -159,6 +159,7 @@ constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
 /// Runs the layer: chooses the register tile.
 class DenseKernel : public DenseEpilogue {
  public:
+  static constexpr bool kPrefetches = false;  ///< the next panel's weights, by itself
   static constexpr int64_t kWeightsInCache = 256 << 10;
   static constexpr int64_t kInputInCache = 640 << 10;
   static int64_t max_rows(int64_t blocks) { return blocks >= 4 ? 6 : blocks == 3 ? 8 : 12; }
