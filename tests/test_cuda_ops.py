@@ -183,6 +183,10 @@ def test_ops_without_weights(shape, strategy):
     strategy, fixed = int(probquant.Strategy[strategy]), torch.tensor([0.02, 100.0]) if strategy == "FIXED" else None
     both = (*x, *other, 0.0, 6.0, strategy, torch.tensor([3.0, 3.0, 0.2]) if strategy == probquant.Strategy.GAUSSIAN else fixed, True)
     assert_same_bytes(ops.add(*both), ops.add(*on_cuda(both)))
+    gate = ops.adaptive_avg_pool2d(*other[:3], [1])
+    for second in (other, gate):
+        factors = (*x, *second, strategy, torch.tensor([3.0, 3.0]) if strategy == probquant.Strategy.GAUSSIAN else fixed, True)
+        assert_same_bytes(ops.mul(*factors), ops.mul(*on_cuda(factors)))
     for activation in range(5):
         arguments = (*x[:3], activation, -1.0, 1.5, strategy, fixed, True)
         assert_same_bytes(ops.activation(*arguments), ops.activation(*on_cuda(arguments)))

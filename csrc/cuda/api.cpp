@@ -88,7 +88,17 @@ void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int6
   if (samples == 0) return;
   require(range.strategy != Strategy::dynamic || workspace != nullptr, "add: the dynamic strategy needs a workspace");
   clear_stats("add", p, y, stream);
-  launch_add(p, {a, b, activation_min, activation_max}, range.strategy, range.predictor, static_cast<Range*>(workspace), y, stream);
+  launch_add(p, {a, b, activation_min, activation_max, false}, range.strategy, range.predictor, static_cast<Range*>(workspace), y, stream);
+}
+
+void mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, bool per_channel, const RangeArguments& range,
+         const QuantizedOutput& y, void* workspace, void* stream) {
+  check_mul(a, b, samples, count, channels, range);
+  const Partition p = checked_partition("mul", samples, count / channels, channels);
+  if (samples == 0) return;
+  require(range.strategy != Strategy::dynamic || workspace != nullptr, "mul: the dynamic strategy needs a workspace");
+  clear_stats("mul", p, y, stream);
+  launch_mul(p, {a, b, -kInfinity, kInfinity, per_channel}, range.strategy, range.predictor, static_cast<Range*>(workspace), y, stream);
 }
 
 void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,

@@ -105,13 +105,16 @@ void launch_max_pool(const Partition& partition, const MaxPool& pool, const Quan
 void launch_average_pool(const Partition& partition, const AverageWindows& windows, const QuantizedInput& x, const float* predictor, Range* partials,
                          const QuantizedOutput& y, void* stream);
 
-/// add.cu: the partition is that of a sample's values; stats must be zero. The dynamic strategy goes through one Range per block in
+/// pairs.cu: the partition is that of a sample's values; stats must be zero. The dynamic strategy goes through one Range per block in
 /// `partials`.
-struct AddArguments {
+struct PairArguments {
   QuantizedInput a, b;
-  float activation_min, activation_max;
+  float activation_min, activation_max;  ///< infinite for a product
+  bool per_channel;                      ///< b is [samples, channels]
 };
-void launch_add(const Partition& partition, const AddArguments& arguments, Strategy strategy, const float* predictor, Range* partials,
+void launch_add(const Partition& partition, const PairArguments& arguments, Strategy strategy, const float* predictor, Range* partials,
+                const QuantizedOutput& y, void* stream);
+void launch_mul(const Partition& partition, const PairArguments& arguments, Strategy strategy, const float* predictor, Range* partials,
                 const QuantizedOutput& y, void* stream);
 
 /// activation.cu: the same; parameters are those of `fixed`, or from the codes that occur, through `partials`, or, where both are null,

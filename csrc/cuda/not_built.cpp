@@ -23,6 +23,9 @@ int64_t elementwise_workspace_bytes(int64_t, int64_t, int64_t, Strategy) { refus
 void add(const QuantizedInput&, const QuantizedInput&, int64_t, int64_t, int64_t, float, float, const RangeArguments&, const QuantizedOutput&, void*, void*) {
   refuse("add");
 }
+void mul(const QuantizedInput&, const QuantizedInput&, int64_t, int64_t, int64_t, bool, const RangeArguments&, const QuantizedOutput&, void*, void*) {
+  refuse("mul");
+}
 void activation(const QuantizedInput&, int64_t, int64_t, int64_t, Activation, float, float, const RangeArguments&, const QuantizedOutput&, void*, void*) {
   refuse("activation");
 }

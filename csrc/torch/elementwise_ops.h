@@ -1,6 +1,6 @@
 // The elementwise ops and those that move codes, for a backend (layer_ops.h) that has
 //   elementwise_workspace_bytes                          static, as in probquant/cuda.h
-//   add, activation, concat, upsample_nearest2d          as in probquant/cuda.h, without a stream
+//   add, mul, activation, concat, upsample_nearest2d     as in probquant/cuda.h, without a stream
 #pragma once
 #include "layer_ops.h"
 
@@ -11,7 +11,7 @@ inline Tensor empty_like(const Tensor& x, const Geometry& g) {
   return g.image ? empty_image(s[0], s[1], s[2], s[3], codes().uint8, x) : stable::empty(s, codes().uint8, x);
 }
 
-/// What add and activation need; without values there is nothing to measure.
+/// What add, mul and activation need; without values there is nothing to measure.
 template <class Backend>
 OptionalTensor elementwise_workspace(const Geometry& g, const RangeArguments& range, const Tensor& like) {
   return g.channels > 0 ? make_workspace(Backend::elementwise_workspace_bytes(g.samples, g.count, g.channels, range.strategy), like) : std::nullopt;
@@ -36,6 +36,28 @@ Quantized add(const Tensor& a, const Tensor& a_scale, const Tensor& a_zero_point
   const Backend backend(a);
   const OptionalTensor workspace = elementwise_workspace<Backend>(g, range, a);
   backend.add(left, right, g.samples, g.count, g.channels, bounds.lo, bounds.hi, range, y.pointers, workspace ? workspace->data() : nullptr);
+  return y.release();
+}
+
+template <class Backend>
+Quantized mul(const Tensor& a, const Tensor& a_scale, const Tensor& a_zero_point, const Tensor& a_stats, const Tensor& b, const Tensor& b_scale,
+              const Tensor& b_zero_point, const Tensor& b_stats, int64_t strategy, const OptionalTensor& predictor, bool channel_stats) {
+  const char* op = "mul";
+  const Geometry g = check_quantized(op, "a", a, a_scale, a_zero_point);
+  check_quantized(op, "b", b, b_scale, b_zero_point);
+  require(device_of(a) == device_of(b), op, ": a and b are on different devices");
+  const bool equal = same(a.sizes(), b.sizes());
+  const bool per_channel = !equal && g.image && b.dim() == 4 && same(b.sizes(), Ints{a.size(0), a.size(1), 1, 1});
+  require((equal || per_channel) && same(a_scale.sizes(), b_scale.sizes()), op, ": b has shape ", text(b.sizes()), " with scale ", text(b_scale.sizes()),
+          ", want a's ", text(a.sizes()), " (an image's may be [N, C, 1, 1]) with scale ", text(a_scale.sizes()));
+  QuantizedInput left = input(a, a_scale, a_zero_point), right = input(b, b_scale, b_zero_point);
+  add_stats(left, a_stats, check_stats({op, "a_stats"}, a_stats, a_scale));
+  add_stats(right, b_stats, check_stats({op, "b_stats"}, b_stats, b_scale));
+  const RangeArguments range = range_arguments(op, strategy, predictor, device_of(a));
+  Output y(empty_like(a, g), a_scale.sizes(), g.channels, channel_stats);
+  const Backend backend(a);
+  const OptionalTensor workspace = elementwise_workspace<Backend>(g, range, a);
+  backend.mul(left, right, g.samples, g.count, g.channels, per_channel, range, y.pointers, workspace ? workspace->data() : nullptr);
   return y.release();
 }
 

@@ -26,6 +26,10 @@ struct Cpu {
            const RangeArguments& range, const QuantizedOutput& y, void*) const {
     probquant::add(a, b, samples, count, channels, activation_min, activation_max, range, y, stable::torch_executor());
   }
+  void mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, bool per_channel, const RangeArguments& range,
+           const QuantizedOutput& y, void*) const {
+    probquant::mul(a, b, samples, count, channels, per_channel, range, y, stable::torch_executor());
+  }
   void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min, float activation_max,
                   const RangeArguments& range, const QuantizedOutput& y, void*) const {
     probquant::activation(x, samples, count, channels, kind, activation_min, activation_max, range, y, stable::torch_executor());
@@ -73,28 +77,6 @@ Tensor moments(const Tensor& q, int64_t sample_dims, bool channel_stats) {
   return std::move(a.stats);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Product: no CUDA kernel yet
-
-Quantized mul(const Tensor& a, const Tensor& a_scale, const Tensor& a_zero_point, const Tensor& a_stats, const Tensor& b, const Tensor& b_scale,
-              const Tensor& b_zero_point, const Tensor& b_stats, int64_t strategy, const OptionalTensor& predictor, bool channel_stats) {
-  const char* op = "mul";
-  const Geometry g = check_quantized(op, "a", a, a_scale, a_zero_point);
-  check_quantized(op, "b", b, b_scale, b_zero_point);
-  require(device_of(a) == device_of(b), op, ": a and b are on different devices");
-  const bool equal = same(a.sizes(), b.sizes());
-  const bool per_channel = !equal && g.image && b.dim() == 4 && same(b.sizes(), Ints{a.size(0), a.size(1), 1, 1});
-  require((equal || per_channel) && same(a_scale.sizes(), b_scale.sizes()), op, ": b has shape ", text(b.sizes()), " with scale ", text(b_scale.sizes()),
-          ", want a's ", text(a.sizes()), " (an image's may be [N, C, 1, 1]) with scale ", text(a_scale.sizes()));
-  QuantizedInput left = input(a, a_scale, a_zero_point), right = input(b, b_scale, b_zero_point);
-  add_stats(left, a_stats, check_stats({op, "a_stats"}, a_stats, a_scale));
-  add_stats(right, b_stats, check_stats({op, "b_stats"}, b_stats, b_scale));
-  const RangeArguments range = range_arguments(op, strategy, predictor, device_of(a));
-  Output y(empty_like(a, g), a_scale.sizes(), g.channels, channel_stats);
-  probquant::mul(left, right, g.samples, g.count, g.channels, per_channel, range, y.pointers, stable::torch_executor());
-  return y.release();
-}
-
 const stable::RegisterAtLoad register_at_load{[] {
   const auto library = stable::Library::fragment("probquant");
   for (const char* schema : kSchemas) library.define(schema);
@@ -107,7 +89,7 @@ const stable::RegisterAtLoad register_at_load{[] {
   cpu.implement<&conv2d<Cpu>>("conv2d");
   cpu.implement<&surrogate_law<Cpu>>("surrogate_law");
   cpu.implement<&add<Cpu>>("add");
-  cpu.implement<&mul>("mul");
+  cpu.implement<&mul<Cpu>>("mul");
   cpu.implement<&activation<Cpu>>("activation");
   cpu.implement<&concat<Cpu>>("concat");
   cpu.implement<&max_pool2d<Cpu>>("max_pool2d");

@@ -32,6 +32,10 @@ class Cuda {
     cuda::add(arguments..., stream_);
   }
   template <class... Arguments>
+  void mul(const Arguments&... arguments) const {
+    cuda::mul(arguments..., stream_);
+  }
+  template <class... Arguments>
   void activation(const Arguments&... arguments) const {
     cuda::activation(arguments..., stream_);
   }
@@ -95,6 +99,7 @@ const stable::RegisterAtLoad register_at_load{[] {
   library.implement<&conv2d<Cuda>>("conv2d");
   library.implement<&surrogate_law<Cuda>>("surrogate_law");
   library.implement<&add<Cuda>>("add");
+  library.implement<&mul<Cuda>>("mul");
   library.implement<&activation<Cuda>>("activation");
   library.implement<&concat<Cuda>>("concat");
   library.implement<&upsample_nearest2d<Cuda>>("upsample_nearest2d");

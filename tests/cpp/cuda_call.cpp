@@ -49,6 +49,7 @@ int main() {
   const probquant::RangeArguments range{probquant::Strategy::fixed, predictor, 2};
   const int64_t channels[1] = {2};
   report("add", [&] { probquant::cuda::add(codes, codes, 1, 2, 2, -1, 1, range, y, nullptr, nullptr); });
+  report("mul", [&] { probquant::cuda::mul(codes, codes, 1, 2, 2, true, range, y, nullptr, nullptr); });
   report("activation", [&] { probquant::cuda::activation(codes, 1, 2, 2, probquant::Activation::gelu, -1, 1, range, y, nullptr, nullptr); });
   report("concat", [&] { probquant::cuda::concat(&codes, channels, 1, 1, 1, range, y, nullptr); });
   report("upsample_nearest2d", [&] { probquant::cuda::upsample_nearest2d(1, 1, 1, 2, 1, 1, codes, y, nullptr); });

@@ -76,6 +76,17 @@ void test_add(const Shape& s, const Options& o) {
   compare(text("add", s, o), wanted, got);
 }
 
+void test_mul(const Shape& s, const Options& o, bool per_channel) {
+  ++cases;
+  Activations a(s.samples, s.count(), s.channels, o.wild, o.misalignment), b(s.samples, per_channel ? s.channels : s.count(), s.channels, o.wild, 0);
+  const Predictor predictor(o.strategy, 2);
+  Outputs wanted(s.samples, s.count(), s.channels, o.channel_stats, 0x11), got(s.samples, s.count(), s.channels, o.channel_stats, 0xee);
+  mul(a.input(), b.input(), s.samples, s.count(), s.channels, per_channel, predictor.range, wanted.pointers(), serial_executor());
+  Buffer workspace(cuda::elementwise_workspace_bytes(s.samples, s.count(), s.channels, o.strategy), 0xcc);
+  cuda::mul(a.input(), b.input(), s.samples, s.count(), s.channels, per_channel, predictor.range, got.pointers(), workspace.as<void>(), nullptr);
+  compare(text(per_channel ? "mul per channel" : "mul", s, o), wanted, got);
+}
+
 void test_activation(const Shape& s, const Options& o) {
   ++cases;
   Activations x(s.samples, s.count(), s.channels, o.wild, o.misalignment);
@@ -128,6 +139,8 @@ int main(int argument_count, char** arguments) try {
   for (const Shape& s : {Shape{1, 1, 1}, Shape{2, 35, 3}, Shape{0, 4, 5}, Shape{3, 0, 7}, Shape{3, 16, 64}, Shape{2, 9, 300}, Shape{5, 1, 17}, Shape{1, 1030, 5}})
     for (const Strategy strategy : strategies) {
       test_add(s, {turn, strategy});
+      test_mul(s, {turn, strategy}, false);
+      test_mul(s, {turn + 1, strategy}, true);
       test_activation(s, {turn, strategy});
       test_activation(s, {turn + 2, strategy});
       test_concat(s, {s.channels, 2, 33}, {turn, strategy}, turn % 4 == 0);

@@ -14,7 +14,6 @@ ARCHITECTURES = [80, *(pytest.param(architecture, marks=pytest.mark.full) for ar
 # 64 registers let four blocks of 256 threads run there: half of its threads, enough for kernels that are bound by memory.
 BUDGETS = {
     "activation": (2, 64, 2816, 4),
-    "add": (2, 64, 2304, 4),
     "attention": (3, 168, 21312, 3),
     "concat": (1, 64, 2240, 4),
     "dense": (4, 255, 0, 1),
@@ -23,6 +22,7 @@ BUDGETS = {
     "layer_norm": (1, 168, 0, 3),
     "moments": (1, 64, 2240, 4),
     "pack": (2, 64, 64, 4),
+    "pairs": (4, 64, 2304, 4),
     "patch_sums": (2, 80, 0, 3),
     "pool": (3, 64, 2304, 4),
     "predict": (2, 64, 6208, 4),

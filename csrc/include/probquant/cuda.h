@@ -50,12 +50,16 @@ PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments&
 // ---------------------------------------------------------------------------------------------------------------------
 // Ops without weights
 
-/// Workspace of add and activation: partial ranges with the dynamic strategy, nothing with the others.
+/// Workspace of add, mul and activation: partial ranges with the dynamic strategy, nothing with the others.
 PROBQUANT_API int64_t elementwise_workspace_bytes(int64_t samples, int64_t count, int64_t channels, Strategy strategy);
 
 /// As probquant::add; the workspace needs elementwise_workspace_bytes bytes, 8-byte aligned.
 PROBQUANT_API void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
                        float activation_max, const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
+
+/// As probquant::mul, with the workspace of add.
+PROBQUANT_API void mul(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, bool per_channel,
+                       const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
 
 /// As probquant::activation, with the workspace of add.
 PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t count, int64_t channels, Activation kind, float activation_min,
