@@ -235,7 +235,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
     if ablations:
         page.append(
             "## Ablations\n\nThe paper's, redone. What does not vary is: gaussian surrogate, gamma 0, 64 pictures to calibrate on, widths of least squared error, "
-            "channel profiles. Time: over that of fixed ranges in the same network, one picture, one thread, median of alternated pairs of calls. Predictors: "
+            "no channel profiles. Time: over that of fixed ranges in the same network, one picture, one thread, median of alternated pairs of calls. Predictors: "
             "their bytes over the weights'.\n"
         )
         page += [_ablation_section(rows, run) for rows, run in ablations]
