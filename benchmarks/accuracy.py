@@ -123,7 +123,7 @@ def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learnin
     qmodel = probquant.quantize(task.model, batches, progress=False, **options)
     if name == "qat":
         trainable = probquant.qat.Trainable(qmodel)
-        probquant.qat.train(trainable, TrainingBatches(task, 16), imitation, epochs=epochs, learning_rate=learning_rate)
+        probquant.qat.train(trainable, TrainingBatches(task, 8), imitation, epochs=epochs, learning_rate=learning_rate)
         return trainable.convert()
     if name != "history":
         return qmodel
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibration", type=int, metavar="N", help="calibrate on at most so many pictures")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="resnet20: hold so many pictures back for qat to train on (else it trains on those that calibrate)")
     parser.add_argument("--epochs", type=int, default=4, help="of qat (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of qat (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="of qat, in steps of codes (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most so many pictures")
     parser.add_argument("--batch", type=int, default=8, help="pictures per call (default: %(default)s); changes no result")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")

@@ -6,7 +6,8 @@ through the rounding (Bengio et al., arXiv 1308.3432), not at all where a value 
 checkpoint after no step at all is the model that training began with.
 
 Batch norms are folded since quantize(); weights keep the scale per output channel they have; ranges get no gradient, but a predicted
-range follows its layer's weights, whose laws are taken anew in every step.
+range follows its layer's weights, whose laws are taken anew in every step. Parameters are in steps of codes, so that one learning rate fits
+channels whose weights differ by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from . import surrogates
 from ._ops import Activation, Strategy, ops
-from .model import UnitTensors, QuantizedModel, set_tensor, validate
+from .model import QuantizedModel, UnitTensors, validate
 
 _UNITS = "int8_layers."
 _LAYERS = (ops.linear.default, ops.conv2d.default)
@@ -182,7 +183,7 @@ class _Runner(fx.Interpreter):
 
 
 class _Layer(nn.Module):
-    """The float weight behind one int8 layer. It begins on the grid of its codes."""
+    """The float weight behind one int8 layer, in steps of its codes, where it begins; its bias, in steps of 1/127 of the layer's largest."""
 
     def __init__(self, unit: UnitTensors, strategy: Strategy):
         super().__init__()
@@ -190,8 +191,11 @@ class _Layer(nn.Module):
         self.register_buffer("scale", unit.weight_scale.clone())
         self.register_buffer("profile", unit.profile)
         self.register_buffer("predictor", getattr(unit, "predictor", None))
-        self.weight = nn.Parameter(unit.weight * self.per_channel(unit.weight, self.scale))
-        self.bias = None if unit.bias is None else nn.Parameter(unit.bias.clone())
+        self.weight = nn.Parameter(unit.weight.float())
+        self.bias = None if unit.bias is None else nn.Parameter(torch.zeros_like(unit.bias))
+        if unit.bias is not None:
+            self.register_buffer("first_bias", unit.bias.clone())
+            self.register_buffer("bias_step", (unit.bias.abs().max() / 127).clamp(min=float(self.scale.min())))
 
     @staticmethod
     def per_channel(weight: Tensor, values: Tensor) -> Tensor:
@@ -199,11 +203,14 @@ class _Layer(nn.Module):
 
     def codes(self) -> Tensor:
         """int8, canonical."""
-        return (self.weight.detach() / self.per_channel(self.weight, self.scale)).round().clamp(-127, 127).to(torch.int8)
+        return self.weight.detach().round().clamp(-127, 127).to(torch.int8)
+
+    def real_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.first_bias + self.bias * self.bias_step
 
     def leaves(self) -> dict[str, Tensor]:
         """What the int8 layer's tensors are with these weights."""
-        result = {"weight": self.codes(), "bias": None if self.bias is None else self.bias.detach().clone()}
+        result = {"weight": self.codes(), "bias": None if self.bias is None else self.real_bias().detach()}
         result["packed_weight"] = ops.pack_weight(result["weight"], self.scale, result["bias"], self.groups, self.profile)
         if self.predictor is not None:
             result["predictor"] = self._predictor(result["weight"], result["bias"])
@@ -223,17 +230,18 @@ class _Layer(nn.Module):
 
     def current(self) -> dict[str, Any]:
         """What the graph reads in this step."""
-        leaves, scale = self.leaves(), self.per_channel(self.weight, self.scale)
-        exact = leaves["weight"] * scale
-        value = _StraightThrough.apply(self.weight, exact, self.weight.detach().abs() <= 127.5 * scale)
-        return leaves | {"packed_weight": _Weight(leaves["packed_weight"], value, self.bias, self.profile)}
+        leaves = self.leaves()
+        rounded = _StraightThrough.apply(self.weight, leaves["weight"].float(), self.weight.detach().abs() <= 127.5)
+        value = rounded * self.per_channel(self.weight, self.scale)
+        return leaves | {"packed_weight": _Weight(leaves["packed_weight"], value, self.real_bias(), self.profile)}
 
 
 class Trainable(nn.Module):
     """An int8 model with gradients: called like `qmodel`, with the same outputs (to the bit, until it is trained).
 
-    qmodel: from quantize() or load(), of any strategy; it is left as it is. Parameters are float32: the weights behind the int8
-    layers (canonical, [O, kh, kw, I / groups] or [O, K], with channel profiles folded in), their biases, and those of float layers.
+    qmodel: from quantize() or load(), of any strategy; it is left as it is. Parameters are float32: the weights behind the int8 layers
+    (canonical, [O, kh, kw, I / groups] or [O, K]) in steps of their codes, and what is added to the biases, in steps of 1/127 of the
+    layer's largest. A module that is called several times has weights for every call. Float layers are not trained.
     Any loop, optimizer and loss does (``train`` is a plain one); convert() gives the int8 model back.
 
     Raises TypeError for what is not a QuantizedModel, ValueError for one with an op that has no gradient here.
@@ -248,7 +256,7 @@ class Trainable(nn.Module):
         if unknown:
             raise ValueError(f"probquant: Trainable has no gradient for {', '.join(sorted(unknown))}; want layers, adds, activations and pools")
         self._int8 = [copy.deepcopy(qmodel)]  # in a list: its tensors are no parameters
-        self.layers, self.floats = nn.ModuleDict(), nn.ParameterList()
+        self.layers = nn.ModuleDict()
         for node in called:
             if node.target in _LAYERS:
                 packed = dict(zip((a.name for a in node.target._schema.arguments), node.args))["packed_weight"]
@@ -256,20 +264,13 @@ class Trainable(nn.Module):
                 if name not in self.layers:
                     unit = getattr(self._int8[0], _UNITS.rstrip(".")).get_submodule(name)
                     self.layers[name] = _Layer(unit, Strategy(node.kwargs.get("strategy", Strategy.DYNAMIC)))
-        self._float_names = []
-        for node in qmodel.graph.nodes:
-            if node.op == "get_attr" and not node.target.startswith(_UNITS) and node.target not in self._float_names:
-                value = operator.attrgetter(node.target)(self._int8[0])
-                if value.is_floating_point():
-                    self._float_names.append(node.target)
-                    self.floats.append(nn.Parameter(value.detach().clone()))
 
     def _apply(self, fn, recurse=True):
         self._int8[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def forward(self, *inputs):
-        attributes: dict[str, Any] = dict(zip(self._float_names, self.floats, strict=True))
+        attributes: dict[str, Any] = {}
         for name, layer in self.layers.items():
             attributes |= {f"{_UNITS}{name}.{leaf}": value for leaf, value in layer.current().items()}
         return _Runner(self._int8[0], attributes).run(*inputs)
@@ -282,8 +283,6 @@ class Trainable(nn.Module):
             unit = getattr(qmodel, _UNITS.rstrip(".")).get_submodule(name)
             for leaf, value in layer.leaves().items():
                 setattr(unit, leaf, value)
-        for name, value in zip(self._float_names, self.floats, strict=True):
-            set_tensor(qmodel, name, value.detach().clone())
         qmodel.meta["layers"] = [dataclasses.replace(layer, clipped=None) for layer in qmodel.layers]
         validate(qmodel)
         return qmodel
@@ -291,13 +290,14 @@ class Trainable(nn.Module):
 
 def train(
     trainable: nn.Module, batches: Iterable, loss: Callable[[Any, Any], Tensor], *,
-    epochs: int = 2, learning_rate: float = 1e-4, seed: int = 0, progress: bool = True,
+    epochs: int = 2, learning_rate: float = 0.01, seed: int = 0, progress: bool = True,
 ) -> list[float]:  # fmt: skip
     """Trains in place with Adam and a cosine that ends at 0; returns the mean loss of every epoch. Works on a float model, too.
 
     batches: iterated once per epoch and with a length, a DataLoader or a list: (inputs, target), inputs a tensor or a tuple of
         the model's arguments. loss: of (output, target), a scalar tensor; for distillation the targets are a float model's outputs.
-    learning_rate: of the first step. A weight moves about that much per step; its step of codes is 1/127 of its channel's largest.
+    learning_rate: of the first step, in steps of codes, which is what a weight then moves. A weight starts on a code and changes it after
+        half a step: half the learning rate times the number of batches in all epochs is how far it can get, and should be about 1.
     seed: of torch's generator, which a shuffling DataLoader draws from; the state before is put back.
 
     Raises ValueError for no batches, bad numbers, or a loss that is not finite.

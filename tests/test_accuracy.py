@@ -346,7 +346,7 @@ def test_the_script(benchmarks, tmp_path):
     report = [sys.executable, str(BENCHMARKS / "report.py"), "a.json", "--out", "results"]
     assert subprocess.run(report, cwd=tmp_path, timeout=300, check=False).returncode == 0
     page = (tmp_path / "results" / "accuracy.md").read_text()
-    assert "## resnet20" in page and "calibrated on 8 pictures: held out; qat: 1 epochs on 6 pictures, learning rate 0.0001" in page and page.count("| float32 |") == 3
+    assert "## resnet20" in page and "calibrated on 8 pictures: held out; qat: 1 epochs on 6 pictures, learning rate 0.01" in page and page.count("| float32 |") == 3
     assert page.count("| dynamic:profile |") == 3 and (tmp_path / "results" / "accuracy-resnet20.svg").exists()
     for wrong, says in ((["--strategies", "statik"], "strategy is 'statik'"), (["--shifts", "snow"], "shift 'snow'"), ([], "resnet20 needs --weights")):
         extra = ["--weights", "r.th"] if wrong else []
