@@ -200,7 +200,8 @@ def round_to_codes(t, zero_point) -> tuple[np.ndarray, np.ndarray]:
     t, z = f32(t), f32(zero_point)
     lo, hi = -z, np.float32(255) - z
     q = np.rint(clamp(t, lo, hi)).astype(np.int64) + np.asarray(zero_point, dtype=np.int64)
-    return q, ~((t >= lo - np.float32(0.5)) & (t <= hi + np.float32(0.5)))
+    rounded = np.rint(t)
+    return q, ~((rounded >= lo) & (rounded <= hi))
 
 
 def moments(q: np.ndarray, channel_stats: bool = False) -> np.ndarray:

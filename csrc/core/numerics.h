@@ -56,12 +56,20 @@ struct Code {
   bool clipped;
 };
 
-/// t in units of the output's scale, relative to its zero point. Saturation counts as clipping when it adds an error
-/// beyond rounding's own half step (or when t is NaN).
+/// The outermost t that round to a code: half a step beyond the codes, less what an even neighbour takes in a tie.
+/// (1 - 2^-24) x is the float next to x.
+PROBQUANT_HOST_DEVICE constexpr float lowest_unclipped(int32_t zero_point) {
+  return (-0.5f - static_cast<float>(zero_point)) * ((zero_point & 1) == 0 ? 1.0f : 0.99999994f);
+}
+PROBQUANT_HOST_DEVICE constexpr float highest_unclipped(int32_t zero_point) {
+  return (255.5f - static_cast<float>(zero_point)) * ((zero_point & 1) == 0 ? 0.99999994f : 1.0f);
+}
+
+/// t in units of the output's scale, relative to its zero point. Clipped is what rounds to no code, or is NaN.
 PROBQUANT_HOST_DEVICE inline Code round_to_code(float t, int32_t zero_point) {
   const float z = static_cast<float>(zero_point);
   const float lo = -z, hi = 255.0f - z;
-  const bool inside = t >= lo - 0.5f && t <= hi + 0.5f;
+  const bool inside = t >= lowest_unclipped(zero_point) && t <= highest_unclipped(zero_point);
   return {static_cast<uint8_t>(static_cast<int32_t>(rintf(clamp_f(t, lo, hi))) + zero_point), !inside};
 }
 

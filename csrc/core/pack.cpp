@@ -16,7 +16,8 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
   check_weight(shape);
   const PackedLayout layout(shape);
   std::memset(packed, 0, static_cast<size_t>(layout.bytes()));
-  ProfileSpan span{kInfinity, 0.0f};
+  PackedTrailer trailer{{kInfinity, 0.0f}, 0.0f, 0.0f, {}};
+  const auto widen = [](float& largest, float x) { largest = is_finite(x) ? max_f(largest, std::fabs(x)) : kInfinity; };
   for (int64_t o = 0; o < layout.out_channels; ++o) {
     uint8_t* block = packed + layout.block_offset(o);
     const int64_t lane = layout.lane(o);
@@ -39,9 +40,11 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
     header->bias[lane] = bias ? bias[o] * inverse_profile : 0.0f;
     header->profile[lane] = profile;
     header->inverse_profile[lane] = inverse_profile;
-    span = {min_f(span.least_inverse, inverse_profile), max_f(span.largest_inverse, inverse_profile)};
+    trailer.profile = {min_f(trailer.profile.least_inverse, inverse_profile), max_f(trailer.profile.largest_inverse, inverse_profile)};
+    widen(trailer.largest_scale, header->scale[lane]);
+    widen(trailer.largest_bias, header->bias[lane]);
   }
-  reinterpret_cast<PackedTrailer*>(packed + layout.trailer_offset())->profile = span;
+  std::memcpy(packed + layout.trailer_offset(), &trailer, sizeof trailer);
 }
 
 }  // namespace probquant

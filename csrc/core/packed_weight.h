@@ -30,7 +30,8 @@ static_assert(sizeof(BlockHeader) == 320, "a block stays a multiple of 64 bytes"
 
 struct PackedTrailer {
   ProfileSpan profile;
-  uint8_t padding[16 * kStreamBytes - sizeof(ProfileSpan)];
+  float largest_scale, largest_bias;  ///< magnitudes of the headers', infinite if one is not finite (the CPU's)
+  uint8_t padding[16 * kStreamBytes - sizeof(ProfileSpan) - 2 * sizeof(float)];
 };
 static_assert(sizeof(PackedTrailer) % kStreamBytes == 0, "a multiple of 64 bytes");
 

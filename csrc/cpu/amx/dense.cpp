@@ -8,7 +8,7 @@
 // are not a multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights.
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
-// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 250 (see avx512vnni/dense.cpp): the sums go to memory, and while
+// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and while
 // the next tile multiplies, the vector units finish them, 4 rows after each step, which out-of-order execution overlaps.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
@@ -27,14 +27,14 @@ constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 
 /// Codes of 4 rows, or less, from their sums in memory.
-template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
 __attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums) {
   __m512i acc[kRows][kBlocks];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(sums + i * kRowSums + j * kBlockChannels);
-  Requantizer<kOneSample, kResidual, kLow, kRows, kBlocks> to(out, block_bytes);
+  Requantizer<kOneSample, kResidual, kClamp, kRows, kBlocks> to(out, block_bytes);
   to.template rows<0>(acc);
   to.finish();
 }
@@ -43,12 +43,12 @@ using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*);
 struct RowsEpilogues {
   RowsEpilogue of[kTileBlocks][4];  ///< [blocks - 1][rows - 1]
 };
-template <bool kOneSample, bool kResidual, Low kLow>
+template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogues kRowsEpilogues = {
-    {{requantize_rows<kOneSample, kResidual, kLow, 1, 1>, requantize_rows<kOneSample, kResidual, kLow, 2, 1>,
-      requantize_rows<kOneSample, kResidual, kLow, 3, 1>, requantize_rows<kOneSample, kResidual, kLow, 4, 1>},
-     {requantize_rows<kOneSample, kResidual, kLow, 1, 2>, requantize_rows<kOneSample, kResidual, kLow, 2, 2>,
-      requantize_rows<kOneSample, kResidual, kLow, 3, 2>, requantize_rows<kOneSample, kResidual, kLow, 4, 2>}}};
+    {{requantize_rows<kOneSample, kResidual, kClamp, 1, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2, 1>,
+      requantize_rows<kOneSample, kResidual, kClamp, 3, 1>, requantize_rows<kOneSample, kResidual, kClamp, 4, 1>},
+     {requantize_rows<kOneSample, kResidual, kClamp, 1, 2>, requantize_rows<kOneSample, kResidual, kClamp, 2, 2>,
+      requantize_rows<kOneSample, kResidual, kClamp, 3, 2>, requantize_rows<kOneSample, kResidual, kClamp, 4, 2>}}};
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
@@ -308,15 +308,16 @@ class AmxKernel : public DenseEpilogue {
     pending.blocks = panel.blocks;
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
-    pending.epilogues = !tile.one_sample            ? &kRowsEpilogues<false, true, Low::either>
-                        : p.residual                ? &kRowsEpilogues<true, true, Low::either>
-                        : samples[0]->low_clips     ? &kRowsEpilogues<true, false, Low::compared>
-                                                    : &kRowsEpilogues<true, false, Low::lifted>;
+    pending.epilogues = !tile.one_sample    ? &kRowsEpilogues<false, true, Clamp::any>
+                        : p.residual        ? &kRowsEpilogues<true, true, Clamp::any>
+                        : samples[0]->relu  ? &kRowsEpilogues<true, false, Clamp::relu>
+                        : samples[0]->open  ? &kRowsEpilogues<true, false, Clamp::open>
+                                            : &kRowsEpilogues<true, false, Clamp::any>;
     const int rows = tile.one_sample ? 1 : tile.rows;
     __builtin_memcpy(pending.row, tile.row, sizeof(int64_t) * static_cast<size_t>(tile.rows));
     __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(rows));
     __builtin_memcpy(pending.counters, row_counters, sizeof row_counters[0] * static_cast<size_t>(rows));
-    pending.out = {panel.block, panel.channels, pending.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
+    pending.out = {panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, pending.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
                    pending.samples, &current, tile.one_sample ? nullptr : pending.counters};
   }
 

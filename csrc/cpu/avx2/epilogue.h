@@ -76,8 +76,8 @@ struct Rounding {
   explicit Rounding(int32_t z)
       : lo(_mm256_set1_ps(-static_cast<float>(z))),
         hi(_mm256_set1_ps(255.0f - static_cast<float>(z))),
-        lo_edge(_mm256_sub_ps(lo, _mm256_set1_ps(0.5f))),
-        hi_edge(_mm256_add_ps(hi, _mm256_set1_ps(0.5f))),
+        lo_edge(_mm256_set1_ps(lowest_unclipped(z))),
+        hi_edge(_mm256_set1_ps(highest_unclipped(z))),
         zero_point(_mm256_set1_epi32(z)) {}
 
   __m256i codes(__m256 t) const { return _mm256_add_epi32(_mm256_cvtps_epi32(clamp_ps(t, lo, hi)), zero_point); }
@@ -95,15 +95,15 @@ struct ClampedRounding {
 
   /// The sample is valid, and its activation leaves something of the range.
   static bool covers(const SampleEpilogue& e, Activation activation) {
-    const float z = static_cast<float>(e.y_zero_point);
-    return e.valid && activation == Activation::clamp && e.activation_hi >= -z - 0.5f && e.activation_lo <= 255.5f - z;
+    return e.valid && activation == Activation::clamp && e.activation_hi >= lowest_unclipped(e.y_zero_point) &&
+           e.activation_lo <= highest_unclipped(e.y_zero_point);
   }
   explicit ClampedRounding(const SampleEpilogue& e) {
-    const float z = static_cast<float>(e.y_zero_point), top = 255.0f - z;
+    const float top = 255.0f - static_cast<float>(e.y_zero_point), edge = highest_unclipped(e.y_zero_point);
     activation_lo = _mm256_set1_ps(e.activation_lo);
-    lo_edge = _mm256_set1_ps(-z - 0.5f);
+    lo_edge = _mm256_set1_ps(lowest_unclipped(e.y_zero_point));
     hi = _mm256_set1_ps(e.activation_hi < top ? e.activation_hi : top);
-    hi_edge = _mm256_set1_ps(e.activation_hi <= top + 0.5f ? __builtin_inff() : top + 0.5f);
+    hi_edge = _mm256_set1_ps(e.activation_hi <= edge ? __builtin_inff() : edge);
     zero_point = _mm256_set1_epi16(static_cast<int16_t>(e.y_zero_point));
   }
 

@@ -7,8 +7,7 @@
 // L1: a panel's weights stream through, 256 (192, 128) bytes per step, past the tile's rows of x; when they exceed L1, they
 // come from L2 at 21 (24, 11) bytes per clock. dense_driver.h has the order of the loops and the budget of L2.
 //
-// The epilogue costs about 4 clocks per 16 outputs, moments and clip counts included: it is bound by the two units that
-// compare, multiply and convert. Values that the activation cannot clip are not compared.
+// The epilogue takes 24 (behind a ReLU) to 28 vector instructions per 64 outputs, moments and clip counts included: see dense_epilogue.h.
 #include "dense_epilogue.h"
 
 namespace probquant {
@@ -114,9 +113,9 @@ __attribute__((noinline)) void tile_accumulators(const TileInput& in, int32_t* o
     for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(out + (i * kBlocks + j) * kBlockChannels, acc[i][j]);
 }
 
-template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
 __attribute__((always_inline)) inline void requantize_tile(const TileOutput& out, int64_t block_bytes, const __m512i (&acc)[kRows][kBlocks]) {
-  Requantizer<kOneSample, kResidual, kLow, kRows, kBlocks> to(out, block_bytes);
+  Requantizer<kOneSample, kResidual, kClamp, kRows, kBlocks> to(out, block_bytes);
   to.template rows<0>(acc);
   if constexpr (kRows > 4) to.template rows<4>(acc);
   if constexpr (kRows > 8) to.template rows<8>(acc);
@@ -128,15 +127,15 @@ template <int kRows, int kBlocks>
 __attribute__((noinline)) void tile_codes(const TileInput& in, const TileOutput& out) {
   __m512i acc[kRows][kBlocks];
   multiply(in, acc);
-  if (out.residual) requantize_tile<true, true, Low::either>(out, in.block_bytes, acc);
-  else if (out.samples[0]->low_clips) requantize_tile<true, false, Low::compared>(out, in.block_bytes, acc);
-  else requantize_tile<true, false, Low::lifted>(out, in.block_bytes, acc);
+  if (!out.residual && out.samples[0]->relu) requantize_tile<true, false, Clamp::relu>(out, in.block_bytes, acc);
+  else if (!out.residual && out.samples[0]->open) requantize_tile<true, false, Clamp::open>(out, in.block_bytes, acc);
+  else requantize_tile<true, true, Clamp::any>(out, in.block_bytes, acc);
 }
 template <int kRows, int kBlocks>
 __attribute__((noinline)) void tile_codes_of_samples(const TileInput& in, const TileOutput& out) {
   __m512i acc[kRows][kBlocks];
   multiply(in, acc);
-  requantize_tile<false, true, Low::either>(out, in.block_bytes, acc);
+  requantize_tile<false, true, Clamp::any>(out, in.block_bytes, acc);
 }
 
 using AccumulatorsTile = void (*)(const TileInput&, int32_t*);
@@ -170,8 +169,8 @@ class DenseKernel : public DenseEpilogue {
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
     driver.accumulate(tile, panel, [&](const TileInput& in, bool last) {
       if (!last || !at_once) return kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
-      const TileOutput out{panel.block, panel.channels, tile.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
-                           samples, &current, row_counters};
+      const TileOutput out{panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, tile.row, channels, p.y + panel.channel,
+                           p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
       (tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles)[panel.blocks - 1][tile.rows - 1](in, out);
     });
     if (!at_once) finish(tile.row, tile.sample, tile.rows, driver.partial, panel.blocks * kBlockChannels, panel);

@@ -5,6 +5,8 @@
 #include "../dense_driver.h"
 #include "epilogue.h"
 
+#include <memory>
+
 namespace probquant {
 namespace {
 
@@ -15,44 +17,52 @@ enum class Output { codes, floats, accumulators };
 
 /// Constants of a sample's epilogue.
 struct SampleConstants {
-  bool plain;       ///< valid, with an activation that the tile's own epilogue knows
-  bool low_clips;   ///< values below the range count as clipped
-  bool high_clips;  ///< likewise above
-  float multiplier, inverse_scale, residual_multiplier, activation_lo, lo_edge, hi_edge;
-  int32_t residual_zero_point, zero_point, hi;
-  int32_t least, most;  ///< codes that the activation lets through
+  bool plain;  ///< valid, with an activation that the tile's own epilogue knows and values that fit the conversion to integers
+  bool relu;   ///< zero point 0, and the activation lets nothing below 0 through
+  bool open;   ///< no activation
+  float multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi;
+  int32_t residual_zero_point, zero_point;
 
-  void set(const SampleEpilogue& e, const LayerProblem& p) {
-    const float lo = -static_cast<float>(e.y_zero_point);
+  void set(const SampleEpilogue& e, const LayerProblem& p, const PackedTrailer& weight) {
     multiplier = e.multiplier;
     inverse_scale = e.inverse_scale;
     residual_multiplier = e.residual_multiplier;
     activation_lo = e.activation_lo;
+    activation_hi = e.activation_hi;
     residual_zero_point = e.residual_zero_point;
     zero_point = e.y_zero_point;
-    hi = 255 - e.y_zero_point;
-    lo_edge = lo - 0.5f;
-    hi_edge = lo + 255.5f;
-    low_clips = !(e.activation_lo >= lo_edge);
-    high_clips = !(e.activation_hi <= hi_edge);
-    plain = e.valid && p.activation == Activation::clamp && !p.profiled_bounds() && e.activation_lo <= hi_edge && e.activation_hi >= lo_edge && (high_clips || !low_clips);
-    least = code(e.activation_lo);
-    most = code(e.activation_hi);
+    const float accumulator = static_cast<float>(p.layout.taps * p.layout.inputs) * (255.0f * 127.0f);
+    const float reach = multiplier * weight.largest_scale * accumulator + inverse_scale * weight.largest_bias + residual_multiplier * 255.0f;
+    plain = e.valid && p.activation == Activation::clamp && reach < 1e9f;
+    relu = zero_point == 0 && activation_lo == 0.0f;
+    open = activation_lo == -__builtin_inff() && activation_hi == __builtin_inff();
   }
+};
 
- private:
-  int32_t code(float t) const {
-    const float lo = -static_cast<float>(zero_point), top = static_cast<float>(hi);
-    t = t > lo ? t : lo;
-    return _mm_cvtss_si32(_mm_set_ss(t < top ? t : top)) + zero_point;
+/// Constants of a sample and a block of channels.
+struct BlockConstants {
+  alignas(64) float scale[kBlockChannels], bias[kBlockChannels];  ///< over the output's scale
+  alignas(64) int16_t floor[32], ceiling[32];                     ///< for two rows, see WordRounding
+  int64_t sample;
+
+  void set(int64_t of, const SampleConstants& c, const BlockHeader& header) {
+    sample = of;
+    _mm512_store_ps(scale, _mm512_mul_ps(_mm512_set1_ps(c.multiplier), _mm512_loadu_ps(header.scale)));
+    _mm512_store_ps(bias, _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), _mm512_loadu_ps(header.bias)));
+    const auto bounds = [&](float bound) {
+      const __m512i codes = bound_codes(_mm512_mul_ps(_mm512_set1_ps(bound), _mm512_loadu_ps(header.inverse_profile)), c.zero_point);
+      return _mm512_packs_epi32(codes, codes);
+    };
+    _mm512_store_si512(floor, bounds(c.activation_lo));
+    _mm512_store_si512(ceiling, bounds(c.activation_hi));
   }
 };
 
 /// Moments of a run of tiles within one sample.
 struct Moments {
   CodeSums sums;
-  __m512i inside = _mm512_setzero_si512();  ///< values that were not clipped, per lane
-  int64_t values = 0;                       ///< values written
+  ClipCount clipped[2];  ///< two chains, of pairs of rows
+  int64_t values = 0;  ///< values written
 };
 /// Values after which moments are flushed, between tiles. A tile of one row uses a quarter of the lanes of the sums, one of a
 /// few channels less still, and a lane holds 66,000 times 255 * 127 in any case.
@@ -60,6 +70,7 @@ constexpr int64_t kFlushAfter = 50000;
 
 struct TileOutput {
   const uint8_t* block;     ///< headers of the panel
+  const BlockConstants* constants;  ///< of the panel's blocks, when all rows lie in one sample
   int64_t channels;         ///< of the panel that exist
   const int64_t* row;       ///< output rows
   int64_t stride;           ///< bytes of an output row
@@ -75,41 +86,32 @@ alignas(64) constexpr int32_t kRowPairOrder[16] = {0, 4, 8, 12, 16, 20, 24, 28, 
 alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
 /// Requantizes the rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
-/// 128 bits hold 4 channels of row 0, of row 1, and so on. Clamping to the activation's bounds commutes with rounding, so
-/// it happens on packed codes. A value above the range is replaced by the range's end before the conversion, which could
-/// overflow; one far below, or a NaN, converts to INT_MIN and saturates in the packs.
-/// kLow says how values below the range are known: not at all (the activation lifts them all), or by a comparison, of t
-/// itself or of what the activation leaves of it (which serves for every sample).
-enum class Low { lifted, compared, either };
-
-template <bool kOneSample, bool kResidual, Low kLow, int kRows, int kBlocks>
+/// 128 bits hold 4 channels of row 0, of row 1, and so on.
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
 struct Requantizer {
+  static_assert(kOneSample || kClamp == Clamp::any, "rows of several samples have bounds of their own");
   const TileOutput out;
   const SampleConstants one;  ///< of the first row
-  __m512 scale[kBlocks], bias[kBlocks];
-  __mmask16 last_lanes;   ///< channels of the last block
-  uint64_t last_bytes;    ///< the same, of a packed vector
+  __mmask16 last_lanes;       ///< channels of the last block
+  uint64_t last_bytes;        ///< the same, of a packed vector
+  uint32_t last_words;        ///< the same, of two rows
   CodeSums sums;
-  __m512i inside;
+  ClipCount clipped[2];  ///< of rows 0 and 1, 2 and 3
 
-  __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes) : out(output), one(*output.samples[0]) {
+  __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes)
+      : out(output), one(*output.samples[0]), header_bytes(block_bytes) {
     const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
     last_lanes = first_lanes16(last_channels);
-    last_bytes = 0;
+    last_bytes = last_words = 0;
 #pragma GCC unroll 4
-    for (int lane = 0; lane < 4; ++lane) last_bytes |= static_cast<uint64_t>((last_lanes >> (4 * lane) & 15) * 0x1111) << (16 * lane);
-#pragma GCC unroll 4
-    for (int j = 0; j < kBlocks; ++j) {
-      const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * block_bytes);
-      scale[j] = _mm512_loadu_ps(header->scale);
-      bias[j] = _mm512_loadu_ps(header->bias);
-      if (!kOneSample) continue;
-      scale[j] = _mm512_mul_ps(_mm512_set1_ps(one.multiplier), scale[j]);
-      bias[j] = _mm512_mul_ps(_mm512_set1_ps(one.inverse_scale), bias[j]);
+    for (int lane = 0; lane < 4; ++lane) {
+      const uint32_t exist = last_lanes >> (4 * lane) & 15;
+      last_bytes |= static_cast<uint64_t>(exist * 0x1111) << (16 * lane);
+      last_words |= exist * 0x11 << (8 * lane);
     }
     if (kOneSample) {
       sums = out.moments->sums;
-      inside = out.moments->inside;
+      for (int pair = 0; pair < 2; ++pair) clipped[pair] = out.moments->clipped[pair];
     }
   }
 
@@ -117,66 +119,81 @@ struct Requantizer {
   __attribute__((always_inline)) void rows(const __m512i (&acc)[kRows][kBlocks]) {
     constexpr int count = kRows - first < 4 ? kRows - first : 4;
     constexpr uint64_t existing = count == 4 ? ~uint64_t{0} : 0x0001000100010001u * ((1u << (4 * count)) - 1);
+    WordRounding rounding[2];  // of rows 0 and 1, 2 and 3
+    if (!kOneSample) {
+#pragma GCC unroll 2
+      for (int pair = 0; 2 * pair < count; ++pair)
+        rounding[pair] = rounding_of(*out.samples[first + 2 * pair], *out.samples[first + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair)]);
+    }
     __m512i q[kBlocks];
-    int64_t counted[4] = {0, 0, 0, 0};
 #pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) {
       const bool is_last = j == kBlocks - 1;
       __m512i code[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        if (i >= count) {
-          code[i] = _mm512_setzero_si512();
+      for (int i = 0; i < 4; ++i) code[i] = i < count ? _mm512_cvtps_epi32(value(acc[i < count ? first + i : first][j], first + i, j)) : _mm512_setzero_si512();
+      __m512i words[2];
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair) {
+        if (2 * pair >= count) {
+          words[pair] = _mm512_setzero_si512();
           continue;
         }
-        const SampleConstants& c = kOneSample ? one : *out.samples[first + i];
-        __m512 t = _mm512_cvtepi32_ps(acc[first + i][j]);
-        if (kOneSample) t = _mm512_fmadd_ps(t, scale[j], bias[j]);
-        else t = _mm512_fmadd_ps(t, _mm512_mul_ps(_mm512_set1_ps(c.multiplier), scale[j]), _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), bias[j]));
-        if (kResidual && out.residual) {
-          const uint8_t* at = out.residual + out.row[first + i] * out.stride + j * kBlockChannels;
-          const __m128i bytes = is_last ? _mm_maskz_loadu_epi8(last_lanes, at) : _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-          const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(c.residual_zero_point));
-          t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(c.residual_multiplier), t);
+        if (kOneSample) {
+          rounding[pair] = {_mm512_set1_epi16(static_cast<int16_t>(one.zero_point)), _mm512_load_si512(out.constants[j].floor),
+                            _mm512_load_si512(out.constants[j].ceiling)};
         }
-        const __mmask16 not_above = _mm512_cmp_ps_mask(t, _mm512_set1_ps(c.hi_edge), _CMP_NGT_UQ);
-        __mmask16 unclipped = is_last ? static_cast<__mmask16>(not_above & last_lanes) : not_above;
-        if (kLow == Low::compared) unclipped = _mm512_mask_cmp_ps_mask(unclipped, t, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
-        if (kLow == Low::either) {
-          const __m512 lifted = _mm512_max_ps(t, _mm512_set1_ps(c.activation_lo));
-          unclipped = _mm512_mask_cmp_ps_mask(unclipped, lifted, _mm512_set1_ps(c.lo_edge), _CMP_GE_OQ);
-        }
-        if (kOneSample) inside = _mm512_mask_sub_epi32(inside, unclipped, inside, _mm512_set1_epi32(-1));
-        else counted[i] += __builtin_popcount(unclipped);
-        code[i] = _mm512_mask_cvtps_epi32(_mm512_set1_epi32(c.hi), not_above, t);
-        if (kOneSample) continue;
-        code[i] = _mm512_max_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(c.zero_point)), _mm512_set1_epi32(c.least));
-        code[i] = _mm512_min_epi32(code[i], _mm512_set1_epi32(c.most));
+        words[pair] = rounding[pair].template words<kClamp>(code[2 * pair], code[2 * pair + 1]);
+        const uint32_t rows = 2 * pair + 1 < count ? ~0u : 0x0f0f0f0fu;
+        clipped[pair].template add<kClamp>(words[pair], _cvtu32_mask32(is_last ? last_words & rows : rows));
       }
-      __m512i a = _mm512_packs_epi32(code[0], code[1]), b = _mm512_packs_epi32(code[2], code[3]);
-      const uint64_t bytes = is_last ? last_bytes & existing : existing;
-      if (kOneSample) {
-        const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(one.zero_point));
-        a = _mm512_packus_epi16(_mm512_adds_epi16(a, zero_point), _mm512_adds_epi16(b, zero_point));
-        a = _mm512_max_epu8(a, _mm512_set1_epi8(static_cast<char>(one.least)));
-        q[j] = _mm512_maskz_min_epu8(_cvtu64_mask64(bytes), a, _mm512_set1_epi8(static_cast<char>(one.most)));
-      } else {
-        q[j] = _mm512_maskz_packus_epi16(_cvtu64_mask64(bytes), a, b);
-      }
+      q[j] = _mm512_maskz_packus_epi16(_cvtu64_mask64(is_last ? last_bytes & existing : existing), words[0], words[1]);
       sums.add(q[j]);
     }
     store<first, count>(q);
-    if (!kOneSample) count_rows<first, count>(counted);
+    if (!kOneSample) count_rows<first, count>();
   }
 
   __attribute__((always_inline)) void finish() {
     if (!kOneSample) return;
     out.moments->sums = sums;
-    out.moments->inside = inside;
+    for (int pair = 0; pair < 2; ++pair) out.moments->clipped[pair] = clipped[pair];
     out.moments->values += kRows * out.channels;
   }
 
  private:
+  const int64_t header_bytes;
+
+  /// Of two rows.
+  static WordRounding rounding_of(const SampleConstants& upper, const SampleConstants& lower) {
+    const auto both = [](__m512i of_upper, __m512i of_lower) { return _mm512_packs_epi32(of_upper, of_lower); };
+    const auto bounds = [&](float of_upper, float of_lower) {
+      return both(bound_codes(_mm512_set1_ps(of_upper), upper.zero_point), bound_codes(_mm512_set1_ps(of_lower), lower.zero_point));
+    };
+    return {both(_mm512_set1_epi32(upper.zero_point), _mm512_set1_epi32(lower.zero_point)), bounds(upper.activation_lo, lower.activation_lo),
+            bounds(upper.activation_hi, lower.activation_hi)};
+  }
+
+  /// The values of a row and block, over the output's scale.
+  __attribute__((always_inline)) __m512 value(__m512i acc, int row, int j) const {
+    const SampleConstants& c = kOneSample ? one : *out.samples[row];
+    __m512 t = _mm512_cvtepi32_ps(acc);
+    if (kOneSample) {
+      t = _mm512_fmadd_ps(t, _mm512_load_ps(out.constants[j].scale), _mm512_load_ps(out.constants[j].bias));
+    } else {
+      const auto* header = reinterpret_cast<const BlockHeader*>(out.block + j * header_bytes);
+      t = _mm512_fmadd_ps(t, _mm512_mul_ps(_mm512_set1_ps(c.multiplier), _mm512_loadu_ps(header->scale)),
+                          _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), _mm512_loadu_ps(header->bias)));
+    }
+    if (kResidual && out.residual) {
+      const uint8_t* at = out.residual + out.row[row] * out.stride + j * kBlockChannels;
+      const __m128i bytes = j == kBlocks - 1 ? _mm_maskz_loadu_epi8(last_lanes, at) : _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+      const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(c.residual_zero_point));
+      t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(c.residual_multiplier), t);
+    }
+    return t;
+  }
+
   template <int first, int count>
   __attribute__((always_inline)) void store(const __m512i (&q)[kBlocks]) {
     uint8_t* y[count];
@@ -203,19 +220,23 @@ struct Requantizer {
     }
   }
 
-  /// Dword i of each 128 bits of the sums belongs to row first + i.
+  /// Dword i of each 128 bits of the sums belongs to row first + i, two dwords of a pair's clip counts to each of its rows.
   template <int first, int count>
-  __attribute__((always_inline)) void count_rows(const int64_t (&counted)[4]) {
-    alignas(16) int32_t sum[4], product[4];
+  __attribute__((always_inline)) void count_rows() {
+    alignas(16) int32_t sum[4], product[4], clips[2][4];
     add_lanes(sums.sum, sum);
     add_lanes(sums.product, product);
+    for (int pair = 0; pair < 2; ++pair) {
+      add_lanes(clipped[pair].lanes, clips[pair]);
+      clipped[pair] = ClipCount();
+    }
     sums = CodeSums();
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
       int64_t* counter = out.counters[first + i];
       counter[kStatsSum] += sum[i];
       counter[kStatsSquares] += product[i] + 128 * int64_t{sum[i]};
-      if (out.samples[first + i]->high_clips) counter[kStatsClipped] += out.channels - counted[i];
+      counter[kStatsClipped] += clips[i / 2][i % 2 * 2] + clips[i / 2][i % 2 * 2 + 1];
     }
   }
 
@@ -266,7 +287,12 @@ inline __m512 output_values(__m512i acc, const BlockHeader& header, const Sample
 /// Finishes what the register tiles leave, and gathers statistics.
 class DenseEpilogue {
  public:
-  DenseEpilogue(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {}
+  DenseEpilogue(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {
+    if (output != Output::codes) return;
+    const int64_t count = p.layout.trailer_offset() / p.layout.block_bytes;
+    block_constants.reset(new BlockConstants[static_cast<size_t>(count)]);
+    for (int64_t i = 0; i < count; ++i) block_constants[static_cast<size_t>(i)].sample = -1;
+  }
 
   void start_weights(const uint8_t*, int64_t, int64_t) {}
 
@@ -275,8 +301,9 @@ class DenseEpilogue {
     if (output != Output::codes) return;
     chunk_sample = begin / p.rows_per_sample;
     chunk_samples = (end - 1) / p.rows_per_sample + 1 - chunk_sample;
+    const auto& trailer = *reinterpret_cast<const PackedTrailer*>(p.packed_weight + p.layout.trailer_offset());
     for (int64_t i = 0; i < chunk_samples; ++i) {
-      constants[i].set(p.samples[chunk_sample + i], p);
+      constants[i].set(p.samples[chunk_sample + i], p, trailer);
       for (int64_t& counter : counters[i]) counter = 0;
     }
   }
@@ -287,9 +314,18 @@ class DenseEpilogue {
       const int64_t at = tile.sample[i] - chunk_sample;
       samples[i] = &constants[at];
       row_counters[i] = counters[at];
-      at_once = samples[i]->plain;
+      at_once = samples[i]->plain && (tile.one_sample || !p.profiled_bounds());
     }
     if (output == Output::codes && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
+  }
+
+  /// Constants of a panel and the current sample.
+  const BlockConstants* panel_constants(const Panel& panel) {
+    BlockConstants* at = block_constants.get() + (panel.block - p.packed_weight) / p.layout.block_bytes;
+    if (at->sample != current_sample)
+      for (int j = 0; j < panel.blocks; ++j)
+        at[j].set(current_sample, constants[current_sample - chunk_sample], *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes));
+    return at;
   }
 
   /// Finishes rows from accumulators in memory, [row_step] per row.
@@ -352,15 +388,13 @@ class DenseEpilogue {
     current.values += __builtin_popcount(lanes);
     if (!e.valid) {
       _mm_mask_storeu_epi8(p.y + at, lanes, _mm_setzero_si128());
-      current.inside = _mm512_mask_sub_epi32(current.inside, lanes, current.inside, _mm512_set1_epi32(-1));
       return;
     }
     const __m512 t = output_values(acc, header, e, p, residual, lanes);
     const __m128i q = _mm_maskz_mov_epi8(lanes, _mm512_cvtepi32_epi8(rounding.codes(t)));
     _mm_mask_storeu_epi8(p.y + at, lanes, q);
     current.sums.add(_mm512_zextsi128_si512(q));
-    const auto inside = static_cast<__mmask16>(lanes & ~rounding.clipped(t));
-    current.inside = _mm512_mask_sub_epi32(current.inside, inside, current.inside, _mm512_set1_epi32(-1));
+    current.clipped[0].add(static_cast<__mmask16>(lanes & rounding.clipped(t)));
   }
 
   void start_sample(int64_t sample) {
@@ -373,8 +407,7 @@ class DenseEpilogue {
     const int64_t at = current_sample - chunk_sample;
     int64_t* counter = counters[at];
     current.sums.flush(counter[kStatsSum], counter[kStatsSquares]);
-    if (constants[at].high_clips || !constants[at].plain) counter[kStatsClipped] += current.values - _mm512_reduce_add_epi32(current.inside);
-    current.inside = _mm512_setzero_si512();
+    for (ClipCount& clipped : current.clipped) counter[kStatsClipped] += clipped.flush();
     current.values = 0;
   }
 
@@ -425,6 +458,7 @@ class DenseEpilogue {
 
   int64_t chunk_sample = 0, chunk_samples = 0;
   SampleConstants constants[kChunkSamples + 1];
+  std::unique_ptr<BlockConstants[]> block_constants;  ///< of the sample that each was last used for
   int64_t counters[kChunkSamples + 1][kStatsSample];
 
   int64_t current_sample = -1;  ///< whose moments are in `current`

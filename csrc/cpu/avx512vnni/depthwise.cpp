@@ -9,13 +9,12 @@
 // A group with only one or two blocks of 16 channels would waste 3/4 or 1/2 of the vector: it fills the other lanes with
 // the same channels of other output rows ("slots").
 //
-// Two passes over a strip, two parts each (the first keeps 16-bit codes and clip signs in L1), so that the weights of a 3x3
-// kernel stay in registers: 2 rows x 3 columns x 2 parts = 12. Register tile: 2 rows x 1 column or 1 row x 2 columns, times
-// 2 parts: 4 accumulators, and 4 values of the tile before, whose epilogue surrounds this tile's dot products. The rest
-// holds bounds, zero point, moments and clip counts; two floats and a correction per part and lane come from L1. Other
-// kernels read their weights from L1, once for twice the columns.
-// L1: a strip and what the first pass keeps have at most 16 KB each (kStripQuads), the weights of a group 2 x steps x 256
-// bytes (1.5 KB for 3x3).
+// Register tile: 1 or 2 rows x 4 columns, one part after the other: 8 accumulators, and the weights of a quad's taps, 6 (3x3) or 10 (5x5),
+// which each load of a column meets with all the outputs that need it. The values of a part are rounded at once; two parts are packed
+// into words, 8 of which wait for the other two parts. Beside 12 vpdpbusd (of 3x3), 64 outputs take 22 vector instructions behind a ReLU
+// and 28 otherwise (epilogue.h), moments and clip counts included, and 4 to interleave. So processors with two vector units take 19 (22)
+// clocks where their peak is 4.5.
+// L1: a strip has at most 16 KB (kStripQuads), the weights of a group 2 x steps x 256 bytes (1.5 KB for 3x3).
 #include "../depthwise_geometry.h"
 #include "epilogue.h"
 
@@ -92,8 +91,7 @@ struct Work {
   alignas(64) int32_t correction[kParts][16];  ///< -zero point * weight sum
   alignas(64) float multiplier[kParts][16];
   alignas(64) float bias[kParts][16];
-  float lower_edge, upper_edge;  ///< beyond these a value is clipped (fast path)
-  uint8_t lowest, highest;       ///< codes of the activation's bounds (fast path)
+  alignas(64) int16_t floor[2][32], ceiling[2][32];  ///< codes of the activation's bounds, parts 0 and 1, 2 and 3 (fast path)
   int64_t sum = 0, squares = 0, clipped = 0;
   float lo = kInfinity, hi = -kInfinity;
 
@@ -111,24 +109,24 @@ struct Work {
     }
   }
 
-  /// Whether the activation's bounds and the saturation may act on codes, after the conversion: every t stays far inside
-  /// int32 and is no NaN, and both bounds are within reach of the code range. rint and saturation are monotone, so clamping
-  /// before or after them gives the same code.
+  /// Whether FastCodes serves: it clamps behind the conversion, which every value has to fit.
   bool prepare_fast() {
-    const float z = static_cast<float>(s->y_zero_point), low = -z - 0.5f, high = 255.5f - z;
-    if (p.activation != Activation::clamp || p.profiled_bounds() || p.residual || !(s->activation_lo <= high) || !(s->activation_hi >= low)) return false;
-    const __m512 largest = _mm512_set1_ps(static_cast<float>(p.layout.taps * 255 * 127));
-    for (int i = 0; i < kParts; ++i) {
-      const __m512 reach = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_load_ps(multiplier[i])), largest, _mm512_abs_ps(_mm512_load_ps(bias[i])));
-      if (_mm512_cmp_ps_mask(reach, _mm512_set1_ps(1e6f), _CMP_LT_OQ) != 0xffff) return false;
+    const auto& trailer = *reinterpret_cast<const PackedTrailer*>(p.packed_weight + p.layout.trailer_offset());
+    const float accumulator = static_cast<float>(p.layout.taps) * (255.0f * 127.0f);
+    const float reach = s->multiplier * trailer.largest_scale * accumulator + s->inverse_scale * trailer.largest_bias;
+    if (p.activation != Activation::clamp || p.residual || !(reach < 1e9f)) return false;
+    const auto bounds = [&](float bound, int i) {
+      const auto codes = [&](int part) { return bound_codes(_mm512_mul_ps(_mm512_set1_ps(bound), _mm512_load_ps(g.inverse_profile[part])), s->y_zero_point); };
+      return _mm512_packs_epi32(codes(2 * i), codes(2 * i + 1));
+    };
+    for (int i = 0; i < 2; ++i) {
+      _mm512_store_si512(floor[i], bounds(s->activation_lo, i));
+      _mm512_store_si512(ceiling[i], bounds(s->activation_hi, i));
     }
-    lower_edge = s->activation_lo < low ? low : -kInfinity;
-    upper_edge = s->activation_hi > high ? high : kInfinity;
-    const Rounding rounding(s->y_zero_point);
-    lowest = static_cast<uint8_t>(_mm512_cvtsi512_si32(rounding.codes(_mm512_set1_ps(s->activation_lo))));
-    highest = static_cast<uint8_t>(_mm512_cvtsi512_si32(rounding.codes(_mm512_set1_ps(s->activation_hi))));
     return true;
   }
+  /// The activation is a ReLU, and the range begins at 0.
+  bool relu() const { return s->y_zero_point == 0 && s->activation_lo == 0.0f; }
 
   void add_stats() {
     int64_t* stats = p.stats + (s - p.samples) * (kStatsSample + (p.channel_stats ? 2 * p.shape.out_channels : 0));
@@ -143,6 +141,13 @@ struct Work {
 struct Place {
   int64_t at, slot_step;
   __mmask64 mask;
+
+  /// Words of parts 2 i and 2 i + 1 that exist, as vpackssdw puts them together.
+  __mmask32 words(int i) const {
+    uint64_t bytes = mask >> 8 * i & 0x00ff00ff00ff00ffull;
+    bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffull;
+    return static_cast<__mmask32>(bytes | bytes >> 16);
+  }
 };
 
 
@@ -195,94 +200,72 @@ inline __m512i pack_codes(const __m512i (&v)[kParts]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogues: first() takes the accumulators of parts 0 and 1 of a vector of outputs, second() those of 2 and 3 and stores,
-// finish() hands over what registers summed up
+// Epilogues: tile(source, place, channels) gets the accumulators of a part of a register tile from source(part, accumulators), and moves
+// `place` on; finish() hands over what registers summed up
 
-/// Requantization with the activation's bounds on codes (see Work::prepare_fast). The clip test is a subtraction from the
-/// edge whose sign bits are packed along with the codes and counted in bytes: a compare into a mask register costs twice
-/// as much. `kFull`: no mask and one slot. `kClipsLow`: values may be clipped at the low end too, which a ReLU rules out.
-template <bool kFull, bool kClipsLow>
+/// Requantization with the activation's bounds on codes (see Work::prepare_fast). `kFull`: no mask and one slot.
+template <bool kFull, Clamp kClamp>
 struct FastCodes {
-  static constexpr int kKept = 2;  ///< vectors that the first half leaves per vector of outputs
-  static constexpr int64_t kFlushClippedAfter = 255;
   Work* w;
   uint8_t* y;
-  __m512 upper, lower;
-  __m512i zero_point, lowest, highest;
-  CodeSums sums;
-  __m512i clipped = _mm512_setzero_si512();  ///< counts in bytes
+  __m512i zero_point;
+  CodeSums sums[2];  // two chains: one alone takes as long as everything else
+  ClipCount clipped[2];
   int64_t pending = 0;
 
-  explicit FastCodes(Work& work)
-      : w(&work),
-        y(work.p.y),
-        upper(_mm512_set1_ps(work.upper_edge)),
-        lower(_mm512_set1_ps(work.lower_edge)),
-        zero_point(_mm512_set1_epi16(static_cast<int16_t>(work.s->y_zero_point))),
-        lowest(_mm512_set1_epi8(static_cast<char>(work.lowest))),
-        highest(_mm512_set1_epi8(static_cast<char>(work.highest))) {}
+  explicit FastCodes(Work& work) : w(&work), y(work.p.y), zero_point(_mm512_set1_epi16(static_cast<int16_t>(work.s->y_zero_point))) {}
 
-  struct Codes {
-    __m512i q;        ///< 16 bits, not yet saturated to 8
-    __m512i outside;  ///< 16 bits, negative where clipped
-  };
-  struct Values {
-    __m512 t[2];
-  };
-  template <int kHalf>
-  __attribute__((always_inline)) Values values(const __m512i (&acc)[2]) const {
-    Values v;
+  template <int R, int T, class Source>
+  __attribute__((always_inline)) void tile(Source source, Place (&place)[R], int64_t channels) {
+    __m512i words[2][R][T];
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j)
-      v.t[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j]), _mm512_load_ps(w->multiplier[2 * kHalf + j]), _mm512_load_ps(w->bias[2 * kHalf + j]));
-    return v;
-  }
-  __attribute__((always_inline)) Codes codes(const Values& v) const {
-    __m512i q[2], outside[2];
+    for (int i = 0; i < 2; ++i) {
+      const WordRounding rounding{zero_point, _mm512_load_si512(w->floor[i]), _mm512_load_si512(w->ceiling[i])};
+      __m512i a[R][T], b[R][T];
+      source(2 * i, a);
+      round(a, 2 * i);
+      source(2 * i + 1, b);
+      round(b, 2 * i + 1);
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      outside[j] = _mm512_castps_si512(_mm512_sub_ps(upper, v.t[j]));
-      if (kClipsLow) outside[j] = _mm512_or_si512(outside[j], _mm512_castps_si512(_mm512_sub_ps(v.t[j], lower)));
-      q[j] = _mm512_cvtps_epi32(v.t[j]);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          words[i][r][t] = rounding.words<kClamp>(a[r][t], b[r][t]);
+          if (!kFull) words[i][r][t] = _mm512_maskz_mov_epi16(place[r].words(i), words[i][r][t]);
+          clipped[t % 2].template add<kClamp>(words[i][r][t], ~__mmask32{0});
+        }
     }
-    return {_mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point), _mm512_packs_epi32(outside[0], outside[1])};
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __m512i q = _mm512_packus_epi16(words[0][r][t], words[1][r][t]);
+        sums[t % 2].add(q);
+        if (kFull) _mm512_storeu_si512(y + place[r].at, q);
+        else store_codes(y, w->g, place[r], q);
+        place[r].at += channels;
+      }
   }
-
-  __attribute__((always_inline)) void first(const Values& v, const Place&, __m512i* kept) const {
-    const Codes c = codes(v);
-    _mm512_store_si512(kept, c.q);
-    _mm512_store_si512(kept + 1, c.outside);
-  }
-  __attribute__((always_inline)) void second(const Values& v, const Place& place, const __m512i* kept) {
-    const Codes c = codes(v);
-    __m512i q = _mm512_packus_epi16(_mm512_load_si512(kept), c.q);
-    q = _mm512_min_epu8(_mm512_max_epu8(q, lowest), highest);
-    __m512i outside = _mm512_packs_epi16(_mm512_load_si512(kept + 1), c.outside);
-    outside = _mm512_and_si512(_mm512_srli_epi16(outside, 7), _mm512_set1_epi8(1));
-    if (kFull) {
-      _mm512_storeu_si512(y + place.at, q);
-    } else {
-      store_codes(y, w->g, place, q);
-      q = _mm512_maskz_mov_epi8(place.mask, q);
-      outside = _mm512_maskz_mov_epi8(place.mask, outside);
-    }
-    clipped = _mm512_add_epi8(clipped, outside);
-    sums.add(q);
-  }
-
-  /// After at most 2 * kStripQuads vectors.
   void end_strip(int64_t vectors) {
-    static_assert(4 * kStripQuads <= kFlushClippedAfter + 1, "a byte counts two strips");
-    pending += vectors;
-    if (pending > kFlushClippedAfter - 2 * kStripQuads) flush();
+    if ((pending += vectors) > CodeSums::kFlushAfter / 2) finish();
   }
-  void flush() {
-    sums.flush(w->sum, w->squares);
-    w->clipped += _mm512_reduce_add_epi64(_mm512_sad_epu8(clipped, _mm512_setzero_si512()));
-    clipped = _mm512_setzero_si512();
+  void finish() {
+    for (int i = 0; i < 2; ++i) {
+      sums[i].flush(w->sum, w->squares);
+      w->clipped += clipped[i].flush();
+    }
     pending = 0;
   }
-  void finish() { flush(); }
+
+ private:
+  template <int R, int T>
+  __attribute__((always_inline)) void round(__m512i (&v)[R][T], int part) const {
+    const __m512 multiplier = _mm512_load_ps(w->multiplier[part]), bias = _mm512_load_ps(w->bias[part]);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) v[r][t] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(v[r][t]), multiplier, bias));
+  }
 };
 
 struct VectorOfParts {
@@ -292,23 +275,18 @@ struct VectorOfParts {
 /// What the other epilogues share: they take one vector of outputs at a time.
 template <class Derived>
 struct OneByOne {
-  static constexpr int kKept = 2;
   Work* w;
   explicit OneByOne(Work& work) : w(&work) {}
 
-  struct Values {
-    __m512i acc[2];
-  };
-  template <int>
-  Values values(const __m512i (&acc)[2]) const {
-    return {{acc[0], acc[1]}};
-  }
-  void first(const Values& v, const Place&, __m512i* kept) {
-    _mm512_store_si512(kept, v.acc[0]);
-    _mm512_store_si512(kept + 1, v.acc[1]);
-  }
-  void second(const Values& v, const Place& place, const __m512i* kept) {
-    static_cast<Derived*>(this)->one(VectorOfParts{{kept[0], kept[1], v.acc[0], v.acc[1]}}, place);
+  template <int R, int T, class Source>
+  void tile(Source source, Place (&place)[R], int64_t channels) {
+    __m512i acc[kParts][R][T];
+    for (int part = 0; part < kParts; ++part) source(part, acc[part]);
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) {
+        static_cast<Derived*>(this)->one(VectorOfParts{{acc[0][r][t], acc[1][r][t], acc[2][r][t], acc[3][r][t]}}, place[r]);
+        place[r].at += channels;
+      }
   }
   void end_strip(int64_t) {}
   void finish() {}
@@ -483,125 +461,68 @@ struct Size {
   static constexpr int value = kSize;
 };
 
-/// The weights of two parts. Of three taps they stay in registers, else each step reads them.
-template <int kHalf, bool kThreeTaps, int R>
-struct HalfWeights {
-  const int8_t* at;
-  __m512i taps[kThreeTaps ? 3 : 1][R][2];
-
-  explicit HalfWeights(const Group& g) : at(g.weights[0] + 2 * kHalf * kVector) {
-    for (int kx = 0; kx < 3 && kThreeTaps; ++kx)
-      for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2; ++j) taps[kx][r][j] = load(kx, r, j);
-  }
-  __attribute__((always_inline)) __m512i load(int64_t step, int r, int j) const {
-    return _mm512_load_si512(at + r * kMaxSteps * kQuadBytes + step * kQuadBytes + j * kVector);
-  }
-};
-
-/// The accumulators of R rows x T columns, parts 2 kHalf and 2 kHalf + 1. `column` is the strip at the first kernel column
-/// of the first output column.
-template <int kHalf, bool kThreeTaps, int R, int T>
-__attribute__((always_inline)) inline void accumulate(const Work& w, const HalfWeights<kHalf, kThreeTaps, R>& weights, const uint8_t* column,
-                                                      int64_t tap_step, int64_t column_step, __m512i (&acc)[R][T][2]) {
+/// The accumulators of a part of R rows x T columns. `column` is the strip at the first kernel column of the first output column. kTaps and
+/// kStride, unless 0, are the kernel's columns and the horizontal stride, without dilation.
+template <int kTaps, int kStride, int R, int T>
+__attribute__((always_inline)) inline void accumulate(const Work& w, int part, const uint8_t* column, int64_t tap_step, int64_t column_step,
+                                                      __m512i (&acc)[R][T]) {
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j)
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[r][t][j] = _mm512_load_si512(w.correction[2 * kHalf + j]);
-  column += 2 * kHalf * kVector;
-  if (kThreeTaps) {
-#pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx)
+    for (int t = 0; t < T; ++t) acc[r][t] = _mm512_load_si512(w.correction[part]);
+  const int64_t quads = w.p.layout.column_steps, taps = w.p.layout.kernel_width;
+  const int8_t* const weights = w.g.weights[0] + part * kVector;
+  column += part * kVector;
+  if (kTaps > 0) {
+    for (int64_t quad = 0; quad < (kTaps == 3 ? 1 : quads); ++quad) {
+      __m512i taps_of[kTaps > 0 ? kTaps : 1][R];
+#pragma GCC unroll 5
+      for (int kx = 0; kx < kTaps; ++kx)
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j)
+        for (int r = 0; r < R; ++r) taps_of[kx][r] = _mm512_load_si512(weights + r * kMaxSteps * kQuadBytes + (kx * (kTaps == 3 ? 1 : quads) + quad) * kQuadBytes);
+#pragma GCC unroll 16
+      for (int c = 0; c < (T - 1) * kStride + kTaps; ++c) {
+        const __m512i v = _mm512_load_si512(column + c * tap_step + quad * kQuadBytes);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m512i v = _mm512_load_si512(column + kx * tap_step + t * column_step + j * kVector);
+        for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, weights.taps[kThreeTaps ? kx : 0][r][j]);
-        }
+          for (int r = 0; r < R; ++r)
+            if (c >= t * kStride && c - t * kStride < kTaps) dot(acc[r][t], v, taps_of[c - t * kStride][r]);
+      }
+    }
     return;
   }
-  int64_t kx = w.p.layout.kernel_width, step = 0;
-  do {
-    const uint8_t* x = column;
-    int64_t quad = w.p.layout.column_steps;
-    do {
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        __m512i rows[R];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) rows[r] = weights.load(step, r, j);
+  for (int64_t kx = 0; kx < taps; ++kx)
+    for (int64_t quad = 0; quad < quads; ++quad) {
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m512i v = _mm512_load_si512(x + t * column_step + j * kVector);
+      for (int t = 0; t < T; ++t) {
+        const __m512i v = _mm512_load_si512(column + kx * tap_step + t * column_step + quad * kQuadBytes);
 #pragma GCC unroll 2
-          for (int r = 0; r < R; ++r) dot(acc[r][t][j], v, rows[r]);
-        }
+        for (int r = 0; r < R; ++r) dot(acc[r][t], v, _mm512_load_si512(weights + r * kMaxSteps * kQuadBytes + (kx * quads + quad) * kQuadBytes));
       }
-      x += kQuadBytes;
-      ++step;
-    } while (--quad > 0);
-    column += tap_step;
-  } while (--kx > 0);
+    }
 }
 
-/// One pass over a strip: parts 2 kHalf and 2 kHalf + 1 of `columns` output columns. `kept` has R * Epilogue::kKept vectors
-/// per column.
-template <int kHalf, int R, bool kThreeTaps, class Epilogue>
-__attribute__((always_inline)) inline void run_half(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step, int64_t columns,
-                                                    const Place (&first)[R], __m512i* kept, Epilogue& epilogue) {
-  const HalfWeights<kHalf, kThreeTaps, R> weights(w.g);
-  Place place[R];
-  for (int r = 0; r < R; ++r) place[r] = first[r];
-  const int64_t channels = w.p.shape.in_channels;
-  // A tile's dot products stand between the two halves of the epilogue of the tile before, which fills the pipes better
-  // than program order would: the scheduler's window is shorter than a tile's latency.
+/// `columns` output columns of a strip.
+template <int R, int kTaps, int kStride, class Epilogue>
+__attribute__((always_inline)) inline void run_columns(const Work& w, const uint8_t* column, int64_t tap_step, int64_t column_step, int64_t columns,
+                                                       Place (&place)[R], Epilogue& epilogue) {
   const auto tiles = [&](auto size) __attribute__((always_inline)) {
     constexpr int T = decltype(size)::value;
-    if (columns < T) return;
-    __m512i acc[R][T][2];
-    typename Epilogue::Values values[R][T];
-    const auto dot_products = [&]() __attribute__((always_inline)) {
-      accumulate<kHalf, kThreeTaps>(w, weights, column, tap_step, column_step, acc);
-      column += T * column_step;
-      columns -= T;
-    };
-    const auto scale = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) values[r][t] = epilogue.template values<kHalf>(acc[r][t]);
-    };
-    const auto finish = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) {
-          if (kHalf == 0) epilogue.first(values[r][t], place[r], kept);
-          else epilogue.second(values[r][t], place[r], kept);
-          kept += Epilogue::kKept;
-          place[r].at += channels;
-        }
-    };
-    dot_products();
-    while (columns >= T) {
-      scale();
-      dot_products();
-      finish();
+    for (; columns >= T; columns -= T, column += T * column_step) {
+      const auto source = [&](int part, __m512i (&acc)[R][T]) __attribute__((always_inline)) {
+        accumulate<kTaps, kStride>(w, part, column, tap_step, column_step, acc);
+      };
+      epilogue.template tile<R, T>(source, place, w.p.shape.in_channels);
     }
-    scale();
-    finish();
   };
-  constexpr int kTile = (kThreeTaps ? 2 : 4) / R;
-  tiles(Size<kTile>{});
-  if (kTile > 1) tiles(Size<1>{});
+  tiles(Size<4>{});
+  tiles(Size<2>{});
+  tiles(Size<1>{});
 }
 
 /// Outputs of `rows` image rows from y (at most R per slot), columns [x_begin, x_end) of a rectangle's sample.
-template <int R, bool kThreeTaps, class Epilogue>
+template <int R, int kTaps, int kStride, class Epilogue>
 void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, const uint8_t* padding_row, Epilogue& state) {
   Epilogue epilogue = state;  // in registers
   const LayerProblem& p = w.p;
@@ -624,7 +545,6 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
   }
 
   alignas(64) uint8_t strip[kStripQuads * kQuadBytes];
-  __m512i kept[kStripQuads * R * Epilogue::kKept];
   const int64_t span = (s.kernel_width - 1) * s.dilation_width + 1, column_step = s.stride_width * quads * kQuadBytes;
   const int64_t tap_step = s.dilation_width * quads * kQuadBytes;
   const int64_t fit = (kStripQuads / quads - span) / s.stride_width + 1, width = rectangle.x_end - rectangle.x_begin;
@@ -641,15 +561,14 @@ void run_strip(Work& w, const Rectangle& rectangle, int64_t y, int64_t rows, con
     }
     Place places[R];
     for (int r = 0; r < R; ++r) places[r] = {place[r].at + begin * channels, place[r].slot_step, place[r].mask};
-    run_half<0, R, kThreeTaps>(w, strip, tap_step, column_step, end - begin, places, kept, epilogue);
-    run_half<1, R, kThreeTaps>(w, strip, tap_step, column_step, end - begin, places, kept, epilogue);
+    run_columns<R, kTaps, kStride>(w, strip, tap_step, column_step, end - begin, places, epilogue);
     epilogue.end_strip(R * (end - begin));
   }
   state = epilogue;
 }
 
 /// Runs a rectangle with one epilogue.
-template <class Epilogue, bool kThreeTaps = false>
+template <class Epilogue, int kTaps = 0, int kStride = 0>
 void run_rectangle(Work& w, const Rectangle& rectangle) {
   const Conv2dShape& s = w.p.shape;
   alignas(64) uint8_t padding_row[kVector];
@@ -660,8 +579,8 @@ void run_rectangle(Work& w, const Rectangle& rectangle) {
   for (int64_t y = rectangle.y_begin; y < rectangle.y_end;) {
     const int64_t remaining = rectangle.y_end - y, most = w.g.slots * (pairs && remaining > w.g.slots ? 2 : 1);
     const int64_t rows = remaining < most ? remaining : most;
-    if (most > w.g.slots) run_strip<2, kThreeTaps>(w, rectangle, y, rows, padding_row, epilogue);
-    else run_strip<1, kThreeTaps>(w, rectangle, y, rows, padding_row, epilogue);
+    if (most > w.g.slots) run_strip<2, kTaps, kStride>(w, rectangle, y, rows, padding_row, epilogue);
+    else run_strip<1, kTaps, kStride>(w, rectangle, y, rows, padding_row, epilogue);
     y += rows;
   }
   epilogue.finish();
@@ -697,9 +616,21 @@ void for_each_group(const LayerProblem& p, const LayerRange& range, Start start,
 void start_outputs(Work& w, int64_t sample) { w.start(sample, w.p.activation != Activation::clamp); }
 void start_values(Work& w, int64_t sample) { w.start(sample, true); }
 
+/// 3x3 and 5x5 above all.
+template <bool kFull, Clamp kClamp>
+void run_fast(Work& w, const Rectangle& rectangle) {
+  using Codes = FastCodes<kFull, kClamp>;
+  const Conv2dShape& s = w.p.shape;
+  const int64_t taps = s.dilation_width == 1 && (s.kernel_width == 5 || w.p.layout.steps == 3) ? s.kernel_width : 0, stride = s.stride_width;
+  if (taps == 3 && stride == 1) run_rectangle<Codes, 3, 1>(w, rectangle);
+  else if (taps == 3 && stride == 2) run_rectangle<Codes, 3, 2>(w, rectangle);
+  else if (taps == 5 && stride == 1) run_rectangle<Codes, 5, 1>(w, rectangle);
+  else if (taps == 5 && stride == 2) run_rectangle<Codes, 5, 2>(w, rectangle);
+  else run_rectangle<Codes>(w, rectangle);
+}
+
 void quantized(const LayerProblem& p, const LayerRange& range) {
   if (!covers(p)) return kReferenceKernels.depthwise.quantized(p, range);
-  const bool three_taps = p.layout.steps == 3 && p.layout.kernel_width == 3;  // 3x3 above all
   bool fast = false;
   for_each_group(
       p, range,
@@ -718,9 +649,9 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
           return;
         }
         if (!fast) run_rectangle<AnyCodes>(w, r);
-        else if (g.channels != kVector) three_taps ? run_rectangle<FastCodes<false, true>, true>(w, r) : run_rectangle<FastCodes<false, true>>(w, r);
-        else if (w.lower_edge > -kInfinity) three_taps ? run_rectangle<FastCodes<true, true>, true>(w, r) : run_rectangle<FastCodes<true, true>>(w, r);
-        else three_taps ? run_rectangle<FastCodes<true, false>, true>(w, r) : run_rectangle<FastCodes<true, false>>(w, r);
+        else if (!w.relu()) run_fast<false, Clamp::any>(w, r);
+        else if (g.channels == kVector) run_fast<true, Clamp::relu>(w, r);
+        else run_fast<false, Clamp::relu>(w, r);
         if (!p.channel_stats) return;
         int64_t* sums = p.stats + r.sample * (kStatsSample + 2 * p.shape.out_channels) + kStatsSample + g.channel;
         for (int64_t y = r.y_begin; y < r.y_end; ++y)

@@ -86,13 +86,57 @@ struct Rounding {
   explicit Rounding(int32_t z)
       : lo(_mm512_set1_ps(-static_cast<float>(z))),
         hi(_mm512_set1_ps(255.0f - static_cast<float>(z))),
-        lo_edge(_mm512_sub_ps(lo, _mm512_set1_ps(0.5f))),
-        hi_edge(_mm512_add_ps(hi, _mm512_set1_ps(0.5f))),
+        lo_edge(_mm512_set1_ps(lowest_unclipped(z))),
+        hi_edge(_mm512_set1_ps(highest_unclipped(z))),
         zero_point(_mm512_set1_epi32(z)) {}
 
   __m512i codes(__m512 t) const { return _mm512_add_epi32(_mm512_cvtps_epi32(clamp_ps(t, lo, hi)), zero_point); }
   __mmask16 clipped(__m512 t) const {  // a NaN is
     return static_cast<__mmask16>(~_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(t, lo_edge, _CMP_GE_OQ), t, hi_edge, _CMP_LE_OQ));
+  }
+};
+
+/// How the activation's bounds act on codes: clamping commutes with rounding, so it happens behind it, on words.
+enum class Clamp {
+  any,   ///< any bounds, any zero point
+  open,  ///< no bounds
+  relu,  ///< zero point 0 and nothing below it
+};
+
+/// Bounds t of an activation as codes, in dwords; one step outside of the codes at most, where values count as clipped.
+inline __m512i bound_codes(__m512 t, int32_t zero_point) {
+  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(clamp_ps(t, _mm512_set1_ps(-1000.0f), _mm512_set1_ps(1000.0f))), _mm512_set1_epi32(zero_point));
+  return _mm512_min_epi32(_mm512_max_epi32(code, _mm512_set1_epi32(-1)), _mm512_set1_epi32(256));
+}
+
+/// round_to_code() behind an activation's bounds in a few instructions, for values that fit int32: words for two vectors of rounded
+/// values, as vpackssdw puts them together. A word is the code, or lies outside of 0..255, where vpackuswb saturates and ClipCount counts.
+struct WordRounding {
+  __m512i zero_point, floor, ceiling;  ///< bounds from bound_codes()
+
+  template <Clamp kClamp>
+  __m512i words(__m512i a, __m512i b) const {
+    if (kClamp == Clamp::relu) return _mm512_min_epu16(_mm512_packus_epi32(a, b), ceiling);
+    const __m512i v = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point);
+    return kClamp == Clamp::open ? v : _mm512_min_epi16(_mm512_max_epi16(v, floor), ceiling);
+  }
+};
+
+/// Counts words outside of 0..255, per dword. What exists is counted; of Clamp::relu, whose other words are 0 or codes, everything.
+struct ClipCount {
+  __m512i lanes = _mm512_setzero_si512();
+
+  template <Clamp kClamp>
+  void add(__m512i words, __mmask32 exist) {
+    if (kClamp != Clamp::relu) words = _mm512_maskz_min_epu16(exist, words, _mm512_set1_epi16(256));
+    lanes = _mm512_dpbusd_epi32(lanes, words, _mm512_set1_epi16(0x0100));  // their high bytes
+  }
+  void add(__mmask16 clipped) { lanes = _mm512_mask_sub_epi32(lanes, clipped, lanes, _mm512_set1_epi32(-1)); }
+  /// The count; starts again.
+  int64_t flush() {
+    const int64_t count = _mm512_reduce_add_epi32(lanes);
+    lanes = _mm512_setzero_si512();
+    return count;
   }
 };
 
