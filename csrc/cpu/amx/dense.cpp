@@ -15,6 +15,7 @@
 #include "tiles.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 namespace probquant {
 namespace {
@@ -26,35 +27,38 @@ constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a t
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 
-/// Codes of 4 rows, or less, from their sums in memory.
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
-__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums) {
-  __m512i acc[kRows][kBlocks];
+/// Codes of rows from their sums in memory.
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
+__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
+  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to(out, block_bytes);
+  const auto next = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(count)::value;
+    __m512i acc[kRows][kBlocks];
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(sums + i * kRowSums + j * kBlockChannels);
-  Requantizer<kOneSample, kResidual, kClamp, kRows, kBlocks> to(out, block_bytes);
-  to.template rows<0>(acc);
-  to.finish();
+      for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_load_si512(sums + i * kRowSums + j * kBlockChannels);
+    to.template rows<0>(acc);
+    to.skip(kRows);
+    sums += kRows * kRowSums;
+  };
+  int left = rows;
+  for (; left >= 4; left -= 4) next(std::integral_constant<int, 4>{});
+  if (left == 3) next(std::integral_constant<int, 3>{});
+  else if (left == 2) next(std::integral_constant<int, 2>{});
+  else if (left == 1) next(std::integral_constant<int, 1>{});
+  to.finish(rows);
 }
 
-using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*);
-struct RowsEpilogues {
-  RowsEpilogue of[kTileBlocks][4];  ///< [blocks - 1][rows - 1]
-};
+using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
+/// [blocks - 1]
 template <bool kOneSample, bool kResidual, Clamp kClamp>
-constexpr RowsEpilogues kRowsEpilogues = {
-    {{requantize_rows<kOneSample, kResidual, kClamp, 1, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2, 1>,
-      requantize_rows<kOneSample, kResidual, kClamp, 3, 1>, requantize_rows<kOneSample, kResidual, kClamp, 4, 1>},
-     {requantize_rows<kOneSample, kResidual, kClamp, 1, 2>, requantize_rows<kOneSample, kResidual, kClamp, 2, 2>,
-      requantize_rows<kOneSample, kResidual, kClamp, 3, 2>, requantize_rows<kOneSample, kResidual, kClamp, 4, 2>}}};
+constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
   int left = 0;  ///< rows
-  const RowsEpilogues* epilogues;
-  int blocks;
+  RowsEpilogue epilogue;
   int64_t block_bytes;
   const int32_t* sums;
   TileOutput out;
@@ -62,10 +66,11 @@ struct Pending {
   const SampleConstants* samples[kTileRows];
   int64_t* counters[kTileRows];
 
-  /// Writes the codes of the next 4 rows.
-  void finish_rows() {
-    const int rows = left < 4 ? left : 4;
-    epilogues->of[blocks - 1][rows - 1](out, block_bytes, sums);
+  /// Writes the codes of the next rows.
+  void finish_rows(int most) {
+    const int rows = left < most ? left : most;
+    if (rows == 0) return;
+    epilogue(out, block_bytes, sums, rows);
     left -= rows;
     sums += rows * kRowSums;
     out.row += rows;
@@ -148,7 +153,7 @@ class AmxKernel : public DenseEpilogue {
 
   void run(DenseDriver& segments, const Tile& tile, const Panel& panel) {
     const int64_t steps = (tile.box.ky1 - tile.box.ky0) * (tile.box.kx1 - tile.box.kx0) * p.layout.inputs / (4 * tile_steps) + 1;
-    rows_per_step = static_cast<int>(ceil_div(pending.left, 4 * steps));
+    rows_per_step = 4 * static_cast<int>(ceil_div(pending.left, 4 * steps));
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
@@ -299,20 +304,20 @@ class AmxKernel : public DenseEpilogue {
       }
       if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
       for (int i = 0; i < ahead_lines && ahead < ahead_end; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      for (int i = 0; i < rows_per_step && pending.left > 0; ++i) pending.finish_rows();
+      pending.finish_rows(rows_per_step);
     }
   }
 
   void start_pending(const Tile& tile, const Panel& panel, const int32_t* sums) {
     pending.left = tile.rows;
-    pending.blocks = panel.blocks;
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
-    pending.epilogues = !tile.one_sample    ? &kRowsEpilogues<false, true, Clamp::any>
-                        : p.residual        ? &kRowsEpilogues<true, true, Clamp::any>
-                        : samples[0]->relu  ? &kRowsEpilogues<true, false, Clamp::relu>
-                        : samples[0]->open  ? &kRowsEpilogues<true, false, Clamp::open>
-                                            : &kRowsEpilogues<true, false, Clamp::any>;
+    const SampleConstants& first = *samples[0];
+    pending.epilogue = (!tile.one_sample            ? kRowsEpilogues<false, true, Clamp::any>
+                        : p.residual != nullptr     ? kRowsEpilogues<true, true, Clamp::any>
+                        : first.relu                ? kRowsEpilogues<true, false, Clamp::relu>
+                        : first.open                ? kRowsEpilogues<true, false, Clamp::open>
+                                                    : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
     const int rows = tile.one_sample ? 1 : tile.rows;
     __builtin_memcpy(pending.row, tile.row, sizeof(int64_t) * static_cast<size_t>(tile.rows));
     __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(rows));
@@ -322,7 +327,7 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void finish_pending() {
-    while (pending.left > 0) pending.finish_rows();
+    pending.finish_rows(pending.left);
   }
 
   const DenseDriver& driver;

@@ -115,11 +115,11 @@ __attribute__((noinline)) void tile_accumulators(const TileInput& in, int32_t* o
 
 template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
 __attribute__((always_inline)) inline void requantize_tile(const TileOutput& out, int64_t block_bytes, const __m512i (&acc)[kRows][kBlocks]) {
-  Requantizer<kOneSample, kResidual, kClamp, kRows, kBlocks> to(out, block_bytes);
+  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to(out, block_bytes);
   to.template rows<0>(acc);
   if constexpr (kRows > 4) to.template rows<4>(acc);
   if constexpr (kRows > 8) to.template rows<8>(acc);
-  to.finish();
+  to.finish(kRows);
 }
 
 /// Requantizes at once; the samples are plain.

@@ -85,12 +85,12 @@ struct TileOutput {
 alignas(64) constexpr int32_t kRowPairOrder[16] = {0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29};
 alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
-/// Requantizes the rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
+/// Requantizes rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
 /// 128 bits hold 4 channels of row 0, of row 1, and so on.
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
 struct Requantizer {
   static_assert(kOneSample || kClamp == Clamp::any, "rows of several samples have bounds of their own");
-  const TileOutput out;
+  TileOutput out;
   const SampleConstants one;  ///< of the first row
   __mmask16 last_lanes;       ///< channels of the last block
   uint64_t last_bytes;        ///< the same, of a packed vector
@@ -115,7 +115,8 @@ struct Requantizer {
     }
   }
 
-  template <int first>
+  /// Up to 4 rows from the first on, of the tile's rows that begin where skip() got to.
+  template <int first, int kRows>
   __attribute__((always_inline)) void rows(const __m512i (&acc)[kRows][kBlocks]) {
     constexpr int count = kRows - first < 4 ? kRows - first : 4;
     constexpr uint64_t existing = count == 4 ? ~uint64_t{0} : 0x0001000100010001u * ((1u << (4 * count)) - 1);
@@ -154,11 +155,19 @@ struct Requantizer {
     if (!kOneSample) count_rows<first, count>();
   }
 
-  __attribute__((always_inline)) void finish() {
+  void skip(int rows) {
+    out.row += rows;
+    if (kOneSample) return;
+    out.samples += rows;
+    out.counters += rows;
+  }
+
+  /// After `rows` rows.
+  __attribute__((always_inline)) void finish(int rows) {
     if (!kOneSample) return;
     out.moments->sums = sums;
     for (int pair = 0; pair < 2; ++pair) out.moments->clipped[pair] = clipped[pair];
-    out.moments->values += kRows * out.channels;
+    out.moments->values += rows * out.channels;
   }
 
  private:
