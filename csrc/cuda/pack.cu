@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) pack_trailer_kernel(const int64_t ou
     inverse = join(inverse, {value, value});
   }
   inverse = block_range(inverse);
-  if (threadIdx.x == 0) *trailer = PackedTrailer{{inverse.lo, inverse.hi}, 0.0f, 0.0f, {}};
+  if (threadIdx.x == 0) *trailer = PackedTrailer{{inverse.lo, inverse.hi}, {}};
 }
 
 }  // namespace
