@@ -1,8 +1,8 @@
 """From a float model to its layers: captures the graph, folds batch norms, and finds what one int8 kernel can do.
 
 `trace` gives a functional ATen graph (torch.export) without batch norms and dropouts; `find_units` groups its nodes into
-units: a convolution or linear layer with the residual add and the activation behind it, or one op without weights. A unit
-is what becomes one op of torch.ops.probquant, and what reports call a layer.
+units: a convolution or linear layer with the residual add and the activation behind it, a LayerNorm with the residual add in front
+of it, an attention, or one op without weights. A unit is what becomes one op of torch.ops.probquant, and what reports call a layer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import transformer
 from ._ops import Activation
-
-aten = torch.ops.aten
+from .nodes import argument, aten, attribute, layer_name, new_parameter, shape_of
 
 _IDENTITIES = {aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 _FLOAT_LAYERS = {
     aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d", aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
     aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d", aten.conv_transpose3d.input: "conv_transpose3d",
 }  # fmt: skip
+_LAYER_NORM_ARGUMENTS = (("input", None), ("normalized_shape", None), ("weight", None), ("bias", None), ("eps", 1e-5))
 _UPSAMPLES = {
     aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact2d.default,
 }  # fmt: skip
@@ -39,9 +40,11 @@ PASSES_THROUGH = ("max_pool2d", "upsample_nearest2d", "flatten")
 class Unit:
     """A group of float nodes that one int8 op replaces.
 
-    kind: conv2d, linear, add, mul, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d, upsample_nearest2d or flatten.
-    nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add, mul and concat read
-    several). residual: the node a layer adds before its activation. options: what the op needs beside tensors.
+    kind: conv2d, linear, layer_norm, attention, add, mul, concat, activation, max_pool2d, avg_pool2d, adaptive_avg_pool2d,
+    upsample_nearest2d or flatten.
+    nodes: the float nodes it replaces; `output` is the last of them. inputs: the activations it reads (add, mul, concat and attention
+    read several; a layer_norm reads floats, two where it adds them, and then `total` is that sum, if others read it, too).
+    residual: the node a layer adds before its activation. options: what the op needs beside tensors.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Unit:
     inputs: list[fx.Node]
     anchor: fx.Node
     residual: fx.Node | None = None
+    total: fx.Node | None = None
     weight: torch.Tensor | None = None  # float32, canonical: [O, kh, kw, I / groups] or [O, K]
     bias: torch.Tensor | None = None
     output_profile: torch.Tensor | None = None  # float32 [O]: the codes of channel o stand for scale * output_profile[o] * (q - zero point)
@@ -68,18 +72,26 @@ class Unit:
         """Whether it multiplies with weights (of these, only conv2d and linear have int8 kernels)."""
         return self.kind in ("conv2d", "linear") or self.kind in _FLOAT_LAYERS.values()
 
+    @property
+    def first(self) -> fx.Node:
+        """Where the int8 op stands: a LayerNorm that hands a sum on has to be there before the sum's other readers."""
+        return self.total or self.output
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Capture
 
 
 def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
-    """Functional ATen graph of `model` in eval mode with a dynamic batch, batch norms folded, identities removed.
+    """Functional ATen graph of `model` in eval mode with a dynamic batch, batch norms and LayerScales folded, identities removed,
+    attentions in the one form of transformer.py.
 
     The model is left as it is; weights of the result are copies where folding changed them. Raises RuntimeError when
     torch.export cannot capture the model.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # torch.export specialises sizes 0 and 1, so the example has at least two images.
+    example = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     model.eval()
     try:
         program = _export(model, example)
@@ -95,14 +107,14 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     _remove_identities(graph_module)
     _fold_batch_norms(graph_module)
     _fold_hardsigmoids(graph_module)
+    _fold_layer_scales(graph_module)
+    transformer.rewrite_attention(graph_module, example)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
 
 
 def _export(model, example):
-    # torch.export specialises sizes 0 and 1, so the example has at least two images.
-    example = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
 
     def export(**options):
@@ -125,20 +137,13 @@ def _export(model, example):
 
 
 def _remove_identities(graph_module: fx.GraphModule) -> None:
+    """A view may rely on the copy in front of it, which goes, and on strides that an int8 layer gives otherwise: it becomes a reshape."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-        elif node.op == "call_function" and node.target is aten._unsafe_view.default:  # of a clone, which made it contiguous
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-
-
-def attribute(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
-    """The tensor behind a get_attr node; None for anything else."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = operator.attrgetter(node.target)(graph_module)
-    return value.detach() if isinstance(value, torch.Tensor) else None
 
 
 def _is_first_output(node: fx.Node) -> bool:
@@ -190,17 +195,37 @@ def _fold_hardsigmoids(graph_module: fx.GraphModule) -> None:
         graph.erase_node(node)
 
 
-def _replace_parameters(graph_module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor, how: str) -> None:
+def _fold_layer_scales(graph_module: fx.GraphModule) -> None:
+    """(x w + b) * scale, a parameter per output channel, becomes one layer: the LayerScale of arXiv 2103.17239."""
+    for product in list(graph_module.graph.nodes):
+        if product.op != "call_function" or product.target is not aten.mul.Tensor:
+            continue
+        for layer, parameter in (product.args[:2], product.args[1::-1]):
+            scale = attribute(graph_module, parameter)
+            if scale is None or not isinstance(layer, fx.Node) or len(layer.users) != 1 or layer.target not in (aten.conv2d.default, aten.linear.default):
+                continue
+            weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
+            behind = 2 if layer.target is aten.conv2d.default else 0  # dimensions behind the channels
+            matches = weight is not None and scale.numel() == len(weight) and scale.dim() > behind and scale.shape[scale.dim() - 1 - behind] == len(weight)
+            if not matches or shape_of(product) != shape_of(layer):
+                continue
+            factor = scale.double().flatten()
+            folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
+            _replace_parameters(graph_module, layer, folded, None if bias is None else bias.double() * factor, "layer_scale")
+            product.replace_all_uses_with(layer)
+            graph_module.graph.erase_node(product)
+            break
+
+
+def _replace_parameters(graph_module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None, how: str) -> None:
     """Gives a layer another weight and bias, of its weight's dtype; reports go on naming it by the parameter it had."""
     original = layer.args[1]
+    parameter, dtype = original.meta.get("parameter", original.target), attribute(graph_module, original).dtype
     with graph_module.graph.inserting_before(layer):
-        nodes = []
-        for suffix, value in (("", weight), ("_bias", bias)):
-            name = f"{original.target}_{how}{suffix}".replace(".", "_")
-            graph_module.register_buffer(name, value.to(attribute(graph_module, original).dtype))
-            node = graph_module.graph.create_node("get_attr", name)
-            node.meta["parameter"] = original.meta.get("parameter", original.target)
-            nodes.append(node)
+        nodes = [
+            value if value is None else new_parameter(graph_module, f"{original.target}_{how}{suffix}", value.to(dtype), parameter)
+            for suffix, value in (("", weight), ("_bias", bias))
+        ]
     nodes[0].meta["val"] = original.meta.get("val")
     layer.args = (layer.args[0], *nodes, *layer.args[3:])
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
@@ -210,30 +235,9 @@ def _replace_parameters(graph_module: fx.GraphModule, layer: fx.Node, weight: to
 # Units
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument of an ATen node, given by position or by name."""
-    if len(node.args) > index:
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
-def shape_of(node: fx.Node) -> tuple | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
 def _pair(value) -> list[int]:
     value = [value] if isinstance(value, int) else list(value)
     return value * 2 if len(value) == 1 else value
-
-
-def layer_name(node: fx.Node) -> str:
-    """The module path of a layer, from its weight's name; the node's name where there is none."""
-    weight = node.args[1] if len(node.args) > 1 else None
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        path = weight.meta.get("parameter", weight.target)
-        return path.rsplit(".", 1)[0] if "." in path else path
-    return node.name
 
 
 def find_units(graph_module: fx.GraphModule) -> list[Unit]:
@@ -245,7 +249,7 @@ def find_units(graph_module: fx.GraphModule) -> list[Unit]:
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or node in taken:
             continue
-        unit = _layer_unit(graph_module, node) or _weightless_unit(node)
+        unit = _layer_unit(graph_module, node) or _transformer_unit(graph_module, node) or _weightless_unit(node)
         if unit is None:
             continue
         if unit.is_layer and not unit.reason:
@@ -323,6 +327,8 @@ def _absorb_residual(unit: Unit, order: dict[fx.Node, int], taken: set[fx.Node])
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0] in taken:
         return
     add = users[0]
+    if transformer.norm_behind(add):  # it takes the add, and keeps what passes by in float
+        return
     if argument(add, 2, "alpha", 1) != 1 or not all(isinstance(a, fx.Node) for a in add.args[:2]):
         return
     other = add.args[1] if add.args[0] is unit.output else add.args[0]
@@ -380,6 +386,26 @@ def _absorb_activation(unit: Unit) -> None:
     unit.output = nodes[-1]
 
 
+def _transformer_unit(graph_module: fx.GraphModule, node: fx.Node) -> Unit | None:
+    attention = transformer.find_attention(node)
+    if attention is not None:
+        options = {"heads": attention.heads, "scale": attention.scale}
+        return Unit(attention.name, "attention", attention.nodes, node, attention.inputs, node, options=options)
+    if "reason" in node.meta:
+        return Unit(transformer.module_path(node), "attention", [node], node, [], node, reason=node.meta["reason"])
+    if not transformer.is_layer_norm(node):
+        return None
+    source, _, weight, bias, eps = (argument(node, i, name, default) for i, (name, default) in enumerate(_LAYER_NORM_ARGUMENTS))
+    options = {"eps": eps, "scale": attribute(graph_module, weight), "shift": attribute(graph_module, bias)}
+    if (options["scale"] is None) != (weight is None) or (options["shift"] is None) != (bias is None):  # computed ones
+        return None
+    unit = Unit(layer_name(node, weight), "layer_norm", [node], node, [source], node, options=options)
+    if transformer.norm_behind(source) is node:
+        unit.nodes, unit.inputs = [source, node], list(source.args[:2])
+        unit.total = source if len(source.users) > 1 else None
+    return unit
+
+
 def _weightless_unit(node: fx.Node) -> Unit | None:
     target, shape = node.target, shape_of(node)
     inputs = [node.args[0]] if node.args else []
@@ -391,6 +417,8 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
 
     if target is aten.add.Tensor:
         if not all(isinstance(a, fx.Node) and shape_of(a) == shape for a in node.args[:2]) or argument(node, 2, "alpha", 1) != 1:
+            return None
+        if transformer.norm_behind(node):
             return None
         return unit("add", node.args[:2])
     if target is aten.mul.Tensor:
@@ -425,7 +453,7 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
     if target in _UPSAMPLES and len(source) == 4:
         factor = _whole_factor(node, source, shape)
         return unit("upsample_nearest2d", scale_factor=factor) if factor else None
-    if target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims):
+    if target in (aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims):
         if len(shape) == 2 and len(source) > 2 and _same_size(shape[0], source[0]):
             return unit("flatten")
     return None
@@ -490,11 +518,21 @@ def reads_codes(layer: Unit, source: Unit) -> bool:
     return len(shape_of(source.output)) != 4 or (source.sample_dims == 1) == (layer.kind == "conv2d")
 
 
+def _takes_codes(reader: Unit, source: Unit) -> bool:
+    """Whether an int8 unit reads the codes that `source` writes."""
+    if source.output is reader.residual:
+        return True
+    if source.output not in reader.inputs or reader.kind == "layer_norm":
+        return False
+    return not reader.is_layer or reads_codes(reader, source)
+
+
 def choose_int8(units: list[Unit], selected) -> None:
     """Marks the units that become int8. `selected(name)` says whether the user wants a layer quantized.
 
     Layers are int8 wherever they can be. An op without weights is int8 when its inputs are there in 8 bits and somebody
-    reads its output in 8 bits; else it would only add roundings.
+    reads its output in 8 bits; else it would only add roundings. A LayerNorm reads floats, and writes floats unless all of its readers
+    want 8 bits: it runs as an op next to any int8 layer.
     """
     producers = {unit.output: unit for unit in units}
     possible: set[fx.Node] = set()  # outputs that can be had in 8 bits
@@ -511,6 +549,11 @@ def choose_int8(units: list[Unit], selected) -> None:
             if unit.residual is not None and not (unit.residual in possible and producers[unit.residual].sample_dims == unit.sample_dims):
                 _release_residual(unit)
             possible.add(unit.output)
+        elif unit.reason:
+            continue
+        elif unit.kind == "layer_norm":
+            unit.sample_dims = len(shape_of(unit.output)) - 1
+            possible.add(unit.output)
         elif all(i in possible for i in unit.inputs):
             dims = {producers[i].sample_dims for i in unit.inputs}
             if len(dims) > 1:
@@ -521,15 +564,22 @@ def choose_int8(units: list[Unit], selected) -> None:
             if images_only and unit.sample_dims != 1:
                 unit.reason = "its input is quantized per token"
                 continue
+            if unit.kind == "attention" and unit.sample_dims != 2:
+                unit.reason = "its input is not quantized per token"
+                continue
             possible.add(unit.output)
         else:
             unit.reason = "its input is float"
     for unit in reversed(units):
         if unit.reason:
             continue
-        readers = [u for u in units if u.int8 and ((unit.output in u.inputs and (not u.is_layer or reads_codes(u, unit))) or unit.output is u.residual)]
+        readers = [u for u in units if u.int8 and _takes_codes(u, unit)]
         unit.quantized_output = bool(readers)
         unit.int8 = unit.is_layer or unit.quantized_output
+        if unit.kind == "layer_norm":
+            inside = {node for u in readers for node in u.nodes}
+            unit.int8 = unit.int8 or any(i in possible for i in unit.inputs)
+            unit.quantized_output = all(user in inside for user in unit.output.users)
         if not unit.int8:
             unit.reason = "nobody reads its output in 8 bits"
 

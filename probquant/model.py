@@ -158,7 +158,7 @@ class QuantizedModel(fx.GraphModule):
 
 
 def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
-    q, scale, zero_point, stats = result
+    q, scale, zero_point, stats = result[:4]
     if q.dtype != torch.uint8:
         return Capture(q)
     clipped = stats[..., 2].reshape(stats.shape[0], -1).sum(1)

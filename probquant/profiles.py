@@ -32,7 +32,7 @@ class Component:
     """Tensors whose profiles belong together.
 
     tensors: (variable, positions) of every run of channels: channel c of the variable stands for that many features, more
-    than one behind a flatten. producers: layers, with the variable they write. consumers: layers, which read one of the tensors.
+    than one behind a flatten. producers: layers and LayerNorms, with the variable they write. consumers: layers, which read one of the tensors.
     """
 
     tensors: dict[fx.Node, list[tuple[int, int]]]
@@ -115,9 +115,21 @@ def find_components(units: list[Unit]) -> list[Component]:
             if unit.residual is not None:
                 equal(unit.residual, output)
             continue
+        if unit.kind == "layer_norm":  # divides by the profile behind its own scale and shift; reads floats
+            for node in unit.inputs:
+                bar(node)
+            if output in by_output:
+                runs[output] = [(new(shape_of(output)[-1]), 1)]
+            continue
         if output not in by_output:
             for node in unit.inputs:
                 bar(node)
+            continue
+        if unit.kind == "attention":  # the channels of queries and keys meet each other; the values' pass through
+            query, key, value = unit.inputs
+            bar(query), bar(key)
+            if value in runs:
+                runs[output] = runs[value]
             continue
         if unit.kind == "add" and _scales_freely(unit):
             equal(*unit.inputs)
@@ -149,7 +161,7 @@ def find_components(units: list[Unit]) -> list[Component]:
             component.tensors[node] = [(variables.root(v), p) for v, p in segments]
             unit = by_output[node]
             component.axes[node] = 1 if len(shape_of(node)) == 4 and unit.sample_dims == 1 else -1
-            if unit.is_layer:
+            if unit.is_layer or unit.kind == "layer_norm":
                 component.producers.append((unit, variables.root(segments[0][0])))
     for unit in int8:
         if unit.is_layer and unit.inputs[0] in runs:
@@ -222,7 +234,11 @@ def _ceilings(component: Component, observations: dict[fx.Node, _Observation], i
 
 
 def _width(component: Component, variable: int) -> int:
-    return next(unit.weight.shape[0] for unit, v in component.producers if v == variable)
+    return next(_channels(unit) for unit, v in component.producers if v == variable)
+
+
+def _channels(unit: Unit) -> int:
+    return unit.weight.shape[0] if unit.is_layer else shape_of(unit.output)[-1]
 
 
 def choose_power(component: Component, observations: dict[fx.Node, _Observation]) -> float:

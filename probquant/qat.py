@@ -118,6 +118,15 @@ def _upsample(given: dict) -> Tensor:
     return given["x"].repeat_interleave(height, 2).repeat_interleave(width, 3)
 
 
+def _norm_input(given: dict) -> Tensor:
+    return given["x"] if given["residual"] is None else given["x"] + given["residual"]
+
+
+def _attention(given: dict) -> Tensor:
+    query, key, value = (given[name].unflatten(2, (given["heads"], -1)).transpose(1, 2) for name in ("query", "key", "value"))
+    return F.scaled_dot_product_attention(query, key, value, scale=given["scale"]).transpose(1, 2).flatten(2)
+
+
 _FLOAT = {
     ops.quantize.default: lambda given: given["x"],
     ops.linear.default: _linear,
@@ -130,6 +139,8 @@ _FLOAT = {
     ops.avg_pool2d.default: _avg_pool2d,
     ops.adaptive_avg_pool2d.default: lambda given: F.adaptive_avg_pool2d(given["x"], given["output_size"]),
     ops.upsample_nearest2d.default: _upsample,
+    ops.layer_norm.default: lambda given: F.layer_norm(_norm_input(given), given["x"].shape[-1:], given["weight"], given["bias"], given["eps"]),
+    ops.attention.default: _attention,
 }
 
 
@@ -149,13 +160,16 @@ def _run_op(target, args: tuple, kwargs: dict):
     if target is ops.dequantize.default:
         return given["x"].value if given["dtype"] is None else given["x"].value.to(given["dtype"])
     with torch.no_grad():
-        y, scale, zero_point, stats = target(**{name: _map(value, _raw) for name, value in given.items()})
-    real = _FLOAT[target]({name: _map(value, lambda part: part.value if isinstance(part, _Codes) else part) for name, value in given.items()})
+        y, scale, zero_point, *rest = target(**{name: _map(value, _raw) for name, value in given.items()})
+    values = {name: _map(value, lambda part: part.value if isinstance(part, _Codes) else part) for name, value in given.items()}
+    real = _FLOAT[target](values)
+    if given.get("keep_sum"):
+        rest[1] = _StraightThrough.apply(_norm_input(values), rest[1], None)
     if y.dtype != torch.uint8:
-        return _StraightThrough.apply(real, y, None), scale, zero_point, stats
+        return _StraightThrough.apply(real, y, None), scale, zero_point, *rest
     step, zero = (part.reshape(*part.shape, *[1] * (y.dim() - part.dim())) for part in (scale, zero_point))
     inside = (real >= step * (-0.5 - zero)) & (real <= step * (255.5 - zero))
-    return _Codes(y, _StraightThrough.apply(real, ops.dequantize(y, scale, zero_point), inside)), scale, zero_point, stats
+    return _Codes(y, _StraightThrough.apply(real, ops.dequantize(y, scale, zero_point), inside)), scale, zero_point, *rest
 
 
 class _Runner(fx.Interpreter):
@@ -241,7 +255,7 @@ class Trainable(nn.Module):
 
     qmodel: from quantize() or load(), of any strategy; it is left as it is. Parameters are float32: the weights behind the int8 layers
     (canonical, [O, kh, kw, I / groups] or [O, K]) in steps of their codes, and what is added to the biases, in steps of 1/127 of the
-    layer's largest. A module that is called several times has weights for every call. Float layers are not trained.
+    layer's largest. A module that is called several times has weights for every call. Float layers and norms are not trained.
     Any loop, optimizer and loss does (``train`` is a plain one); convert() gives the int8 model back.
 
     Raises TypeError for what is not a QuantizedModel, ValueError for one with an op that has no gradient here.
@@ -254,7 +268,7 @@ class Trainable(nn.Module):
         called = [node for node in qmodel.graph.nodes if getattr(node.target, "namespace", "") == "probquant"]
         unknown = {node.target._opname for node in called if node.target not in _FLOAT and node.target is not ops.dequantize.default}
         if unknown:
-            raise ValueError(f"probquant: Trainable has no gradient for {', '.join(sorted(unknown))}; want layers, adds, activations and pools")
+            raise ValueError(f"probquant: Trainable has no gradient for {', '.join(sorted(unknown))}; want layers, adds, norms, attention, activations and pools")
         self._int8 = [copy.deepcopy(qmodel)]  # in a list: its tensors are no parameters
         self.layers = nn.ModuleDict()
         for node in called:

@@ -22,6 +22,7 @@ from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .profiles import apply_profiles
+from .transformer import aliases
 
 SURROGATES = ("auto", "gaussian", "gaussian_channel", "channel", "probe")
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
@@ -57,8 +58,8 @@ def quantize(
         "gaussian_channel": one law per output channel; "channel": one per input channel, from the input's channel moments;
         "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, and a fixed range, on
         the calibration samples and on shifted copies of them, and takes for every layer the cheapest one that does about as
-        well as the best on samples that it was not fitted to. channel and probe are for convolutions; gaussian stands in
-        elsewhere, and exact ranges where a probe would see half of the output.
+        well as the best on samples that it was not fitted to. channel is for convolutions; gaussian stands in elsewhere. A
+        probe of a token sees all of it: the exact range, which is what auto takes for transformers where laws are too coarse.
     gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
         (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
         0 and this stride (4, if it is 0).
@@ -197,7 +198,7 @@ def _inputs(batch, limit: int | None) -> tuple:
 
 
 def _selector(units: list[Unit], include, exclude):
-    names = [unit.name for unit in units if unit.is_layer]
+    names = {name: None for unit in units if unit.is_layer for name in aliases(unit.name)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise ValueError(f"probquant: {argument} is the string {patterns!r}, want a list of names or patterns")
@@ -206,7 +207,7 @@ def _selector(units: list[Unit], include, exclude):
                 raise ValueError(f"probquant: {argument} pattern {pattern!r} matches no layer; layers are {', '.join(names)}")
 
     def matches(name, patterns):
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(fnmatch.filter(aliases(name), pattern) for pattern in patterns)
 
     return lambda name: (include is None or matches(name, include)) and not (exclude and matches(name, exclude))
 
@@ -260,19 +261,21 @@ def _strategies(unit: Unit, settings: dict) -> list[tuple[Strategy, int]]:
     """What may give the unit's output its range, with its gamma; where there is a choice, cheapest first."""
     if not unit.quantized_output or unit.kind in PASSES_THROUGH:
         return [(Strategy.NONE, 0)]
-    if settings["strategy"] != "probabilistic":
+    if settings["strategy"] != "probabilistic" or unit.kind in ("layer_norm", "attention"):  # whose rows are whole before they leave L1: exact ranges are free
         return [(Strategy.FIXED if settings["strategy"] == "static" else Strategy.DYNAMIC, 0)]
     if not unit.is_layer:
         choice = unit.kind in ("add", "mul") and settings["surrogate"] == "auto"
         return [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)] if choice else [(Strategy.GAUSSIAN, 0)]
     surrogate, gamma, convolution = settings["surrogate"], settings["gamma"], unit.kind == "conv2d"
     if surrogate == "auto":
-        found = [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0), (Strategy.GAUSSIAN_CHANNEL, 0)]
+        found = [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)]
         if convolution:
-            found += [(Strategy.CHANNEL, 0), (Strategy.GAUSSIAN, gamma or 4), (Strategy.PROBE, 0)]
-        return found
+            found += [(Strategy.GAUSSIAN_CHANNEL, 0), (Strategy.CHANNEL, 0), (Strategy.GAUSSIAN, gamma or 4)]
+        return [*found, (Strategy.PROBE, 0)]  # of a token: its exact range, which costs less than a law for each of its outputs
+    if surrogate == "channel" and not convolution:
+        return [(Strategy.GAUSSIAN, 0)]
     if surrogate in ("channel", "probe"):
-        return [(Strategy[surrogate.upper()] if convolution else Strategy.GAUSSIAN, 0)]
+        return [(Strategy[surrogate.upper()], 0)]
     return [(Strategy[surrogate.upper()], gamma)]
 
 
@@ -570,14 +573,16 @@ class _Writer:
         self.codes: dict[fx.Node, tuple[fx.Node, ...]] = {}  # what int8 units write
         self.requantized: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = {}  # float values by sample dimensions
         self.sources = {unit.output: unit for unit in units if unit.int8}
+        self.rows: set[fx.Node] = set()  # whose float values are rows, contiguous
+        self.starts = {unit.first: unit for unit in units if unit.int8}
         self.modules = nn.Module()
         self.names = {id(plan.unit): f"{i:03d}_{plan.unit.name}".replace(".", "_").replace("#", "_") for i, plan in enumerate(plans)}
 
     def write(self) -> QuantizedModel:
         inside = {node for unit in self.units if unit.int8 for node in unit.nodes}
         for node in self.source.graph.nodes:
-            if node in self.sources:
-                self.write_unit(self.plans[id(self.sources[node])])
+            if node in self.starts:
+                self.write_unit(self.plans[id(self.starts[node])])
             elif node not in inside:
                 self.copy(node)
         self.graph.eliminate_dead_code()
@@ -588,7 +593,12 @@ class _Writer:
             if node.op == "get_attr" and node.target.startswith(_FLOAT):
                 value = operator.attrgetter(node.target[len(_FLOAT) :])(self.source)
                 set_tensor(root, node.target, value.detach().clone())
-        return QuantizedModel(root, self.graph, self.modules, [self.layer_info(u) for u in self.units if u.is_layer or (u.int8 and u.kind != "flatten")], self.settings)
+        return QuantizedModel(root, self.graph, self.modules, [self.layer_info(u) for u in self.units if self.is_told(u)], self.settings)
+
+    @staticmethod
+    def is_told(unit: Unit) -> bool:
+        """Whether summaries and reports know it: what runs in int8, and what takes time in float."""
+        return unit.is_layer or unit.kind in ("attention", "layer_norm") or (unit.int8 and unit.kind != "flatten")
 
     def copy(self, node: fx.Node) -> None:
         if node.target is aten.sym_size.int and node.args[0] in self.codes:  # a size is a size, of codes too
@@ -597,8 +607,6 @@ class _Writer:
             copied = self.float_nodes[node] = self.graph.node_copy(node, self.as_float)
             if node.op == "get_attr":
                 copied.target = _FLOAT + node.target
-            elif node.target is aten.view.default:  # float values come from int8 layers in channels_last, which a view may not fit
-                copied.target = aten.reshape.default
 
     def as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.float_nodes:
@@ -612,9 +620,7 @@ class _Writer:
         dims = plan.unit.sample_dims
         if (node, dims) in self.requantized:
             return self.requantized[node, dims]
-        x = self.as_float(node)
-        if dims != 1 or len(shape_of(node)) != 4:
-            x = self.call(aten.contiguous.default, x)
+        x = self.as_float(node) if dims == 1 and len(shape_of(node)) == 4 else self.as_rows(node)
         given = ()
         if self.settings["strategy"] == "static" and node.op != "placeholder":
             fixed = plan.leaves["fixed_input"]
@@ -622,11 +628,19 @@ class _Writer:
         self.requantized[node, dims] = self.unpack(self.call(ops.quantize.default, x, dims, *given))
         return self.requantized[node, dims]
 
+    def as_rows(self, node: fx.Node) -> fx.Node:
+        """A float node's value, contiguous: as ops on rows want it, and as they give it themselves."""
+        x = self.as_float(node)
+        return x if node in self.rows else self.call(aten.contiguous.default, x)
+
     def call(self, target, *args, **kwargs) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
 
     def unpack(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return tuple(self.graph.call_function(operator.getitem, (node, i)) for i in range(4))
+        return tuple(self.part(node, i) for i in range(4))
+
+    def part(self, node: fx.Node, i: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (node, i))
 
     def tensor(self, plan: _Plan, leaf: str, value: torch.Tensor | None) -> fx.Node | None:
         """A get_attr node for a tensor of the unit."""
@@ -660,6 +674,11 @@ class _Writer:
             self.codes[unit.output] = parts
         else:
             self.float_nodes[unit.output] = parts[0]
+            if unit.kind in ("linear", "layer_norm"):
+                self.rows.add(unit.output)
+        if unit.total is not None:
+            self.float_nodes[unit.total] = self.part(node, 4)
+            self.rows.add(unit.total)
 
     def activation(self, unit: Unit) -> dict:
         result = {}
@@ -696,8 +715,12 @@ class _Writer:
 
     def weightless_node(self, plan: _Plan) -> fx.Node | None:
         unit, options = plan.unit, plan.unit.options
-        inputs = [self.codes[i] for i in unit.inputs]
+        if unit.kind == "layer_norm":
+            return self.layer_norm_node(plan)
+        inputs = [self.codes[i] if i in self.codes else self.as_codes(i, plan) for i in unit.inputs]
         x = inputs[0][:3]
+        if unit.kind == "attention":
+            return self.call(ops.attention.default, *(part for i in inputs for part in i[:3]), options["heads"], options["scale"], **self.range(plan))
         if unit.kind == "flatten":
             self.codes[unit.output] = (self.call(aten.flatten.using_ints, inputs[0][0], 1), *inputs[0][1:])
             return None
@@ -719,12 +742,22 @@ class _Writer:
             return self.call(ops.avg_pool2d.default, *x, *geometry, **self.range(plan))
         return self.call(ops.adaptive_avg_pool2d.default, *x, options["output_size"], **self.range(plan))
 
+    def layer_norm_node(self, plan: _Plan) -> fx.Node:
+        unit = plan.unit
+        x, residual = (*map(self.as_rows, unit.inputs), None)[:2]
+        scale, shift = (None if values is None else values.float().clone() for values in (unit.options["scale"], unit.options["shift"]))
+        if unit.output_profile is not None:
+            shift = None if shift is None else shift / unit.output_profile
+            scale = (1.0 if scale is None else scale) / unit.output_profile
+        parameters = self.tensor(plan, "norm_scale", scale), self.tensor(plan, "norm_shift", shift)
+        return self.call(ops.layer_norm.default, x, None, None, residual, *parameters, unit.options["eps"], unit.total is not None, **self.range(plan))
+
     def layer_info(self, unit: Unit) -> LayerInfo:
         plan = self.plans.get(id(unit))
         if plan is None:
             return LayerInfo(unit.name, unit.kind, False, unit.reason)
         fused = []
-        if unit.residual is not None:
+        if unit.residual is not None or (unit.kind == "layer_norm" and len(unit.inputs) > 1):
             fused.append("add")
         if unit.activation is not Activation.CLAMP:
             fused.append(unit.activation.name.lower())

@@ -1,0 +1,52 @@
+"""Reading the nodes of a traced graph: arguments, shapes, parameters, names."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def attribute(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    """The tensor behind a get_attr node; None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = operator.attrgetter(node.target)(graph_module)
+    return value.detach() if isinstance(value, torch.Tensor) else None
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument of an ATen node, given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def shape_of(node: fx.Node) -> tuple | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def layer_name(node: fx.Node, weight: Any = None) -> str:
+    """The module path of a layer, from its weight's name (`weight`, or the second argument); the node's name where there is none."""
+    if weight is None and len(node.args) > 1:
+        weight = node.args[1]
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        path = weight.meta.get("parameter", weight.target)
+        return path.rsplit(".", 1)[0] if "." in path else path
+    return node.name
+
+
+def new_parameter(graph_module: fx.GraphModule, name: str, value: torch.Tensor, parameter: str) -> fx.Node:
+    """A get_attr node, at the graph's insertion point, for a tensor that was made of the parameter `parameter`."""
+    name = name.replace(".", "_")
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, value)
+    node = graph_module.graph.create_node("get_attr", name)
+    node.meta["parameter"] = parameter
+    return node
