@@ -1,7 +1,7 @@
 // Answers cuda_static.py, one line for one line: what the toolkit's own cuda_occupancy.h says, and what csrc/cuda/heuristics.h chooses.
 //
 //   occupancy MAJOR MINOR THREADS REGISTERS STATIC_SHARED DYNAMIC_SHARED     ->  blocks per multiprocessor
-//   tile BATCH HEIGHT WIDTH IN OUT KERNEL STRIDE PADDING GROUPS              ->  tile rows, columns, k blocks per stage, warps, blocks, k blocks, gathered
+//   tile BATCH HEIGHT WIDTH IN OUT KERNEL STRIDE PADDING GROUPS              ->  tile rows, columns, k blocks per stage, warps, blocks, k blocks, bytes copied at once
 #include <cuda_occupancy.h>
 
 #include <iostream>
@@ -39,9 +39,9 @@ int blocks_per_multiprocessor(int major, int minor, int threads, int registers, 
 }
 
 template <class Tile>
-void print_tile(const PackedLayout& layout, int64_t rows, bool gathered) {
+void print_tile(const PackedLayout& layout, int64_t rows, int unit) {
   const int64_t blocks = (rows + Tile::kRows - 1) / Tile::kRows * ((layout.group_channels + Tile::kColumns - 1) / Tile::kColumns) * layout.groups;
-  std::cout << Tile::kRows << ' ' << Tile::kColumns << ' ' << Tile::kDepth << ' ' << Tile::kWarps << ' ' << blocks << ' ' << layout.k_blocks << ' ' << gathered << '\n';
+  std::cout << Tile::kRows << ' ' << Tile::kColumns << ' ' << Tile::kDepth << ' ' << Tile::kWarps << ' ' << blocks << ' ' << layout.k_blocks << ' ' << unit << '\n';
 }
 
 }  // namespace
@@ -60,11 +60,11 @@ int main() {
       s.padding_bottom = s.padding_left = s.padding_right = s.padding_top;
       const PackedLayout layout(weight_shape(s));
       const int64_t rows = s.batch * s.out_height() * s.out_width();
-      const bool gathered = layout.inputs % kChunk != 0;
-      const DenseTile tile = gathered ? DenseTile::medium : choose_dense_tile(rows, layout.group_channels, layout.groups, layout.k_blocks);
-      if (tile == DenseTile::large) print_tile<LargeTile>(layout, rows, gathered);
-      if (tile == DenseTile::medium) print_tile<MediumTile>(layout, rows, gathered);
-      if (tile == DenseTile::small) print_tile<SmallTile>(layout, rows, gathered);
+      const int unit = layout.inputs % kChunk == 0 ? kChunk : layout.inputs % 8 == 0 ? 8 : 1;
+      const DenseTile tile = unit < kChunk ? DenseTile::medium : choose_dense_tile(rows, layout.group_channels, layout.groups, layout.k_blocks);
+      if (tile == DenseTile::large) print_tile<LargeTile>(layout, rows, unit);
+      if (tile == DenseTile::medium) print_tile<MediumTile>(layout, rows, unit);
+      if (tile == DenseTile::small) print_tile<SmallTile>(layout, rows, unit);
     }
   }
 }

@@ -62,8 +62,8 @@ def classify(loop: Counter) -> dict[str, int]:
 
 
 def main_loop(kernel) -> Counter | None:
-    """The loop that does the work: around mma where there is one, else around the loads."""
-    return kernel.code.main_loop("IMMA") or kernel.code.main_loop("LDG")
+    """The loop that does the work: around mma where there is one, else the innermost one with most loads."""
+    return kernel.code.main_loop("IMMA") or kernel.code.inner_loop("LDG")
 
 
 def resources(kernels, calculator) -> str:
@@ -76,7 +76,7 @@ def resources(kernels, calculator) -> str:
         first = of_kernel[0][0]
         cells = [f"{k.registers} / {blocks} / {blocks * k.threads / 32:.0f}" for k, blocks in of_kernel]
         rows.append([f"{file}.cu", title, first.threads, max(k.shared for k, _ in of_kernel), *cells])
-    return markdown_table(["file", "kernel", "threads", "static shared", *(f"sm_{a}" for a in architectures)], rows)
+    return markdown_table(["file", "kernel", "threads", "static shared", *(f"sm_{a}" for a in architectures)], rows, left=2)
 
 
 def loops(kernels) -> str:
@@ -88,7 +88,7 @@ def loops(kernels) -> str:
         counts = classify(loop)
         others = f"{(loop.total() - counts['IMMA'] - loop['NOP']) / counts['IMMA']:.1f}" if counts["IMMA"] else "-"
         rows.append([f"{k.file}.cu", k.title, f"sm_{k.architecture}", loop.total(), *counts.values(), others])
-    return markdown_table(["file", "kernel", "for", "instructions", *CLASSES, "other", "others per IMMA"], rows)
+    return markdown_table(["file", "kernel", "for", "instructions", *CLASSES, "other", "others per IMMA"], rows, left=3)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Tiling:
     warps: int
     blocks: int
     k_blocks: int
-    gathered: int
+    unit: int  # bytes of the input that are copied at once
 
 
 def estimate(shape: Shape, tiling: Tiling, device: Device, instructions: int) -> tuple[float, str]:
@@ -130,11 +130,10 @@ def roofline(network: str, batch: int, kernels, calculator) -> str:
     for shape, tiling in zip(shapes, tilings, strict=True):
         cells = []
         for i, device in enumerate(DEVICES):
-            seconds, bound = estimate(shape, tiling, device, instructions[device.architecture, tiling.rows, tiling.columns, tiling.gathered])
+            seconds, bound = estimate(shape, tiling, device, instructions[device.architecture, tiling.rows, tiling.columns, tiling.unit])
             totals[i] += seconds * shape.count
             cells.append(f"{seconds * 1e6:.1f} {bound}")
-        gathered = " gathered" if tiling.gathered else ""
-        rows.append([shape.name, shape.count, f"{tiling.rows}x{tiling.columns}{gathered}", tiling.blocks, *cells])
+        rows.append([shape.name, shape.count, f"{tiling.rows}x{tiling.columns}{f'/{tiling.unit}' if tiling.unit < 16 else ''}", tiling.blocks, *cells])
     rows.append(["all", sum(s.count for s in shapes), "", "", *(f"{seconds * 1e6:.0f}" for seconds in totals)])
     return markdown_table(["layer", "count", "tile", "blocks", *(device.name for device in DEVICES)], rows)
 
@@ -148,15 +147,17 @@ def page(kernels, calculator, batches) -> str:
         "Per architecture: registers per thread / blocks per multiprocessor / warps per multiprocessor, by the toolkit's `cuda_occupancy.h`. "
         "Threads and static shared memory (bytes) are a block's, dense layers have 48 KiB of dynamic shared memory in addition. "
         "`dense_kernel`: rows and columns of the block's tile and of the warp's, k blocks per stage, slices of K, stages, blocks per multiprocessor, "
-        "whether it gathers. Nothing spills.",
+        "bytes of the input that it copies at once. Nothing spills.",
         resources(kernels, calculator),
         "## Main loops",
-        "Instructions of the loop around `IMMA`, or, without one, around most loads; once through it, per warp. A loop may be unrolled.",
+        "Instructions of the loop with most `IMMA`, or, without one, of the innermost loop with most loads; once through it, per warp. A loop may be "
+        "unrolled. Attention has three such loops, this is the last of them.",
         loops([k for k in kernels if k.architecture in {d.architecture for d in DEVICES}]),
         "## Roofline estimates",
         "**Estimates, lower bounds in microseconds**: the largest of the tensor cores' time (whole tiles, whole waves), of the time to issue the main "
         f"loop's instructions ({ISSUED} per clock and multiprocessor) and of the time to move input, weights and output once through device memory. Launches, "
-        "epilogues, the prediction and a pipeline's beginning are not in it, nor attention, norms and pools. A small layer is bound by what is missing here.",
+        "epilogues, the prediction and a pipeline's beginning are not in it, nor attention, norms and pools. A small layer is bound by what is missing here. A tile with /1 or /8 copies "
+        "so many bytes at once instead of 16.",
         markdown_table(
             ["device", "multiprocessors", "int8, TOP/s", "of it mma.sync", "GB/s", "source"],
             [[d.name, d.multiprocessors, f"{d.int8 / 1e12:.1f}", f"{d.int8 * d.mma_share / 1e12:.0f}", f"{d.bandwidth / 1e9:.0f}", d.source] for d in DEVICES],

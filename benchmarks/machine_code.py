@@ -45,6 +45,11 @@ class Code:
         loops = [Counter(self.opcodes[to : at + 1]) for at, to in self.jumps]
         return min((loop for loop in loops if loop[opcode]), key=lambda loop: (-loop[opcode], loop.total()), default=None)
 
+    def inner_loop(self, opcode):
+        """The same among the loops that hold no other loop."""
+        inner = [(at, to) for at, to in self.jumps if not any(to <= other_to and other <= at and (other, other_to) != (at, to) for other, other_to in self.jumps)]
+        return Code(self.opcodes, inner).main_loop(opcode)
+
 
 @dataclass
 class Kernel:
@@ -66,7 +71,7 @@ class Kernel:
 
     @property
     def tile(self):
-        """Of a dense layer: rows and columns of the block's tile, and whether it gathers."""
+        """Of a dense layer: rows and columns of the block's tile, and the bytes of its input that it copies at once."""
         return (*self.numbers[:2], self.numbers[-1])
 
     @property

@@ -13,6 +13,9 @@
 //   acc = sum q k - z_k sum (q - z_q) - z_q sum k     by mma of unsigned bytes; int32 wraps, the result fits (kMaxAttentionSum)
 //   sum u (v - z_v) = sum u v - sum u z_v             the zero points of the values are one more fragment
 //
+// Sectors: of a key's terms half are used at a time, from L1; the packing reads its bytes as they come, once per head, from L1. Bank
+// conflicts, two-way: where the exponentials' sums are joined, once per block.
+//
 // Launch: 128 threads, at most 168 registers (3 blocks per multiprocessor), 21,312 bytes of static shared memory. Bound by exp.
 // attention_rows_kernel reads its floats from L2: heads of a token lie in different blocks, so its range is known only behind them.
 #include "attention_layout.h"
@@ -35,7 +38,7 @@ struct Operands {
   TokenTerms *query_terms, *key_terms;
 
   __device__ Operands(const AttentionLayout& s, uint8_t* workspace, int64_t image, int64_t head) {
-    uint8_t* at = workspace + (image * s.heads + head) * s.head_bytes();
+    uint8_t* at = s.head(workspace, image * s.heads + head);
     queries = reinterpret_cast<uint4*>(at), at += s.query_bytes();
     keys = reinterpret_cast<uint4*>(at), at += s.key_bytes();
     values = reinterpret_cast<uint4*>(at), at += s.value_bytes();
@@ -320,11 +323,12 @@ __global__ void __launch_bounds__(kThreads, 3) attention_kernel(const AttentionL
 
 __global__ void __launch_bounds__(kThreads, 4)
     attention_rows_kernel(const AttentionLayout s, const float* query_scale, const float* fixed, uint8_t* workspace, const QuantizedOutput y) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, channels = s.channels();
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const auto channels = static_cast<int32_t>(s.channels());
   if (row >= s.batch * s.queries) return;
   const float* values = s.floats(workspace) + row * channels;
   const bool valid = s.invalid(workspace)[row / s.queries] == 0 && valid_scale(query_scale[row]);
-  quantize_row(WarpRow(channels, [values](int64_t i) { return values[i]; }), row, channels, valid, fixed, y);
+  quantize_row(WarpRow(channels, [values](int32_t i) { return values[i]; }), row, channels, valid, fixed, y);
 }
 
 }  // namespace

@@ -7,11 +7,16 @@
 // that padding needs no correction. Warps read fragments (ldmatrix, swizzled, no bank conflicts) and multiply (mma).
 // Then the accumulators pass through shared memory, kPassRows rows at a time, into whole rows of channels (epilogue.cuh).
 //
-// `gather`: chunks are put together byte by byte, for channels that are no multiple of 16 (the first layer's 3) or not aligned.
+// `unit`: bytes of x that are copied at once. 16 where the channels of a group are a multiple of that, and aligned; 8 likewise (the 24 and
+// 40 channels of mobile networks), each with its own place in the image: half a chunk at a time, so that banks conflict two by two and a
+// sector's other half comes from L1. 1 is for all others, above all an image's 3 channels, where a pixel
+// begins at any byte: a chunk within a row is five words and four shifts, through registers, and only at the image's border it is put
+// together byte by byte.
 //
-// Instructions per thread and stage on an sm_80, mma and others: large 64 and 111, medium 32 and 118, small 32 and 112; gathered
-// 32 and about 1,300, since a byte costs 10 of them. Registers: 230, 116, 164 and 150, which let 2, 3, 2 and 3 blocks run; shared
-// memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's arithmetic where it is short.
+// Instructions per thread and stage on an sm_80, mma and others: large 64 and 111, medium 32 and 118, small 32 and 112; medium with
+// units of 8 bytes 32 and 208, of 1 byte 32 and about 320 within the image. Registers: 232, 116, 164, 114 and 114, which let 2, 3, 2, 3 and 3
+// blocks run; shared memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's arithmetic where it is
+// short, by issuing instructions where units are small.
 #include "epilogue.cuh"
 #include "ptx.cuh"
 #include "runtime.h"
@@ -30,6 +35,8 @@ struct Geometry {
   int32_t step_bytes, step_segments, step_rows;  ///< how far one stage moves along K: kernel rows, segments of a row, bytes
   int32_t k_blocks;
   int64_t block_bytes;
+  int64_t x_bytes;
+  bool words;    ///< x is aligned to words, and a segment's bytes lie in a row as they lie in the segment
   bool vectors;  ///< see WarpEpilogue
 };
 
@@ -83,6 +90,11 @@ struct Field {
   __device__ bool holds(const Geometry& g, int32_t dy, int32_t dx) const {
     return static_cast<uint32_t>(y + dy) < static_cast<uint32_t>(g.in_height) && static_cast<uint32_t>(x + dx) < static_cast<uint32_t>(g.row_bytes);
   }
+  /// Whether a chunk from there on lies in one row, as it lies in the segment, and the words around it in x.
+  __device__ bool holds_whole(const Geometry& g, int32_t dy, int32_t dx) const {
+    return g.words && static_cast<uint32_t>(y + dy) < static_cast<uint32_t>(g.in_height) && x + dx >= 0 && x + dx <= g.row_bytes - kChunk &&
+           offset + dy * g.row_bytes + dx <= g.x_bytes - (kChunk + 4);
+  }
 };
 
 /// What the epilogue wants to know of a row.
@@ -91,7 +103,7 @@ struct RowParameters {
   int32_t sample, output_row;
 };
 
-template <class Tile, bool gather>
+template <class Tile, int unit>
 class Dense {
   static constexpr int kThreads = Tile::kThreads, kDepth = Tile::kDepth, kSlices = Tile::kSlices;
   static constexpr int kChunkRows = kThreads / (kBlockK / kChunk * kDepth);  ///< rows of chunks that the block copies at once
@@ -149,7 +161,7 @@ class Dense {
       for (int i = 0; i < kColumnBlocks; ++i) {
 #pragma unroll
         for (int c = 0; c < kWeightChunks; ++c)
-          cp_async_16(stage + to_weight + i * kDepth * kTileBytes + c * kChunkRows * kBlockK, weight[i] + c * kChunkRows * kBlockK);
+          cp_async<kChunk>(stage + to_weight + i * kDepth * kTileBytes + c * kChunkRows * kBlockK, weight[i] + c * kChunkRows * kBlockK);
         weight[i] += kDepth * kTileBytes;
       }
     };
@@ -186,34 +198,61 @@ class Dense {
 
   __device__ void copy_fields(const Walk& walk, const Field (&fields)[kFields], uint32_t to) const {
     const int32_t dy = walk.ky * g_.dilation_height;
-    if constexpr (!gather) {
+    if constexpr (unit == kChunk) {
       const int32_t dx = walk.segment * g_.dilation_bytes + walk.byte, offset = dy * g_.row_bytes + dx;
 #pragma unroll
       for (int i = 0; i < kFields; ++i) {
         const uint8_t* const inside = a_.x.q + (fields[i].offset + offset);
-        cp_async_16(to + i * kChunkRows * kBlockK, fields[i].holds(g_, dy, dx) ? inside : fields[i].outside);
+        cp_async<kChunk>(to + i * kChunkRows * kBlockK, fields[i].holds(g_, dy, dx) ? inside : fields[i].outside);
       }
     } else {
-      // A segment is one tap, or a kernel row of them: then bytes go on to the next tap, `dilation_bytes` further.
-      uint32_t words[kFields][4];
-      int32_t tap = walk.segment, input = walk.byte;
-      const int32_t skipped = input / g_.group_inputs;  // taps of a joined row before the first byte
-      tap += skipped, input -= skipped * g_.group_inputs;
+      // A segment is one tap, or a kernel row of them: then units go on to the next tap, `dilation_bytes` further.
+      const int32_t skipped = walk.byte / g_.group_inputs;  // taps of a joined row before the first byte
+      int32_t tap = walk.segment + skipped, input = walk.byte - skipped * g_.group_inputs;
+      if constexpr (unit > 1) {
 #pragma unroll
-      for (int b = 0; b < kChunk; ++b) {
-        const int32_t dx = tap * g_.dilation_bytes + input, offset = dy * g_.row_bytes + dx;
-        const bool weighted = walk.byte + b < g_.segment_inputs;  // beyond lies the segment's padding, whose weights are zero
+        for (int b = 0; b < kChunk; b += unit) {
+          const int32_t dx = tap * g_.dilation_bytes + input, offset = dy * g_.row_bytes + dx;
+          const bool weighted = walk.byte + b < g_.segment_inputs;  // beyond lies the segment's padding, whose weights are zero
 #pragma unroll
-        for (int i = 0; i < kFields; ++i) {
-          const bool inside = weighted && fields[i].holds(g_, dy, dx);
-          const uint32_t byte = inside ? a_.x.q[fields[i].offset + offset] : *fields[i].outside;
-          words[i][b / 4] = (b % 4 == 0 ? 0u : words[i][b / 4]) | byte << 8 * (b % 4);
+          for (int i = 0; i < kFields; ++i) {
+            const bool inside = weighted & fields[i].holds(g_, dy, dx);  // & and no branch: ptxas orders copies in branches with dummy loads
+            cp_async<unit>(to + i * kChunkRows * kBlockK + b, inside ? a_.x.q + (fields[i].offset + offset) : fields[i].outside);
+          }
+          input += unit;
+          if (input == g_.group_inputs) input = 0, ++tap;
         }
-        if (++input == g_.group_inputs) input = 0, ++tap;
-      }
+      } else {
+        const int32_t dx = tap * g_.dilation_bytes + input;
 #pragma unroll
-      for (int i = 0; i < kFields; ++i) *reinterpret_cast<uint4*>(shared_ + (to - shared_address(shared_)) + i * kChunkRows * kBlockK) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+        for (int i = 0; i < kFields; ++i)
+          *reinterpret_cast<uint4*>(shared_ + (to - shared_address(shared_)) + i * kChunkRows * kBlockK) =
+              fields[i].holds_whole(g_, dy, dx) ? unaligned_chunk(a_.x.q + (fields[i].offset + dy * g_.row_bytes + dx)) : gathered_chunk(fields[i], walk.byte, dy, tap, input);
+      }
     }
+  }
+
+  /// 16 bytes of x from any address: the five words that have them, shifted.
+  __device__ static uint4 unaligned_chunk(const uint8_t* from) {
+    const auto misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) % 4);
+    const auto* words = reinterpret_cast<const uint32_t*>(from - misaligned);
+    const uint32_t w[5] = {words[0], words[1], words[2], words[3], words[4]}, shift = 8 * misaligned;
+    return {__funnelshift_r(w[0], w[1], shift), __funnelshift_r(w[1], w[2], shift), __funnelshift_r(w[2], w[3], shift), __funnelshift_r(w[3], w[4], shift)};
+  }
+
+  /// 16 bytes put together one by one, from `byte` of the segment on: at the borders of the image.
+  __device__ uint4 gathered_chunk(const Field& field, int32_t byte, int32_t dy, int32_t tap, int32_t input) const {
+    uint32_t words[4] = {};
+#pragma unroll 1
+    for (int b = 0; b < kChunk; ++b) {
+      const int32_t dx = tap * g_.dilation_bytes + input;
+      const bool inside = byte + b < g_.segment_inputs && field.holds(g_, dy, dx);
+      const uint32_t code = inside ? a_.x.q[field.offset + dy * g_.row_bytes + dx] : *field.outside;
+      words[0] = __funnelshift_r(words[0], words[1], 8), words[1] = __funnelshift_r(words[1], words[2], 8);  // a queue of 16 bytes
+      words[2] = __funnelshift_r(words[2], words[3], 8), words[3] = words[3] >> 8 | code << 24;
+      if (++input == g_.group_inputs) input = 0, ++tap;
+    }
+    return {words[0], words[1], words[2], words[3]};
   }
 
   __device__ int32_t warp_slice() const { return warp_ / (kRowWarps * kColumnWarps); }
@@ -296,9 +335,9 @@ class Dense {
   int32_t accumulators_[kRowTiles][kColumnTiles][4] = {};
 };
 
-template <class Tile, bool gather>
+template <class Tile, int unit>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) dense_kernel(const Geometry geometry, const LayerArguments arguments, const LayerOutput output) {
-  Dense<Tile, gather>(geometry, arguments).run(output);
+  Dense<Tile, unit>(geometry, arguments).run(output);
 }
 
 Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t rows_per_sample, int64_t tile_columns, int64_t stage_k) {
@@ -320,20 +359,23 @@ Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t
   return g;
 }
 
-template <class Tile, bool gather = false>
+template <class Tile, int unit = kChunk>
 void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const LayerArguments& a, LayerOutput output, void* stream) {
   constexpr int64_t kWidth = Tile::kColumns / 32;
   Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, output), Tile::kColumns, Tile::kDepth * kBlockK);
+  g.x_bytes = shape.batch * shape.in_height * int64_t{g.row_bytes};
+  g.words = aligned(a.x.q, 4) && (!layout.joined_rows || shape.dilation_width == 1);
   g.vectors = layout.group_channels % kWidth == 0 && aligned(a.y.q, kWidth) && aligned(a.residual.q, kWidth) && aligned(a.y_float, 4 * kWidth);
   const int64_t row_tiles = (int64_t{g.rows} + Tile::kRows - 1) / Tile::kRows;
-  launch("conv2d", dense_kernel<Tile, gather>, {row_tiles * g.groups * g.column_tiles, Tile::kThreads, Tile::kSharedBytes}, stream, g, a, output);
+  launch("conv2d", dense_kernel<Tile, unit>, {row_tiles * g.groups * g.column_tiles, Tile::kThreads, Tile::kSharedBytes}, stream, g, a, output);
 }
 
 }  // namespace
 
 void launch_dense(const Conv2dShape& shape, const LayerArguments& a, LayerOutput output, DenseTile tile, void* stream) {
   const PackedLayout layout(weight_shape(shape));
-  if (layout.inputs % kChunk != 0 || !aligned(a.x.q, kChunk)) return launch_tile<MediumTile, true>(shape, layout, a, output, stream);
+  const auto copies = [&](int64_t unit) { return layout.inputs % unit == 0 && aligned(a.x.q, unit); };
+  if (!copies(kChunk)) return copies(8) ? launch_tile<MediumTile, 8>(shape, layout, a, output, stream) : launch_tile<MediumTile, 1>(shape, layout, a, output, stream);
   switch (tile) {
     case DenseTile::large: return launch_tile<LargeTile>(shape, layout, a, output, stream);
     case DenseTile::medium: return launch_tile<MediumTile>(shape, layout, a, output, stream);

@@ -31,7 +31,7 @@ using MediumTile = Tile<64, 64, 32, 32, 2, 1, 3, 3>;
 // Small: few outputs and a long K. The 4 warps share the tile and split K.
 using SmallTile = Tile<32, 64, 32, 64, 4, 4, 2, 2>;
 
-/// Channels that must be gathered byte by byte (dense.cu) run with the medium tile whatever is chosen.
+/// Channels that are copied in smaller units than chunks (dense.cu) run with the medium tile whatever is chosen.
 enum class DenseTile { large, medium, small };
 
 constexpr DenseTile choose_dense_tile(int64_t rows, int64_t group_channels, int64_t groups, int64_t k_blocks) {

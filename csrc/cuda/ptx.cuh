@@ -21,14 +21,23 @@ __device__ inline uint8_t* dynamic_shared() {
 /// A shared-memory address as PTX has it, in 32 bits: half the arithmetic of a pointer.
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-/// cp.async (sm_80): 16 bytes from global to shared memory without a register and without waiting: what a pipeline of
-/// stages is made of. .cg, past the L1 cache: a tile's bytes are used once per block. On sm_75 a load and a store.
-__device__ inline void cp_async_16(uint32_t shared, const void* global) {
+/// cp.async (sm_80): 16 or 8 bytes from global to shared memory without a register and without waiting: what a pipeline of
+/// stages is made of. 16 with .cg, past the L1 cache: a tile's bytes are used once per block; 8 know .ca alone. On sm_75 a load and a
+/// store.
+template <int bytes>
+__device__ void cp_async(uint32_t shared, const void* global) {
+  static_assert(bytes == 16 || bytes == 8, "units of a copy");
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  if constexpr (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 #else
-  const uint4 bytes = *static_cast<const uint4*>(global);
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(bytes.x), "r"(bytes.y), "r"(bytes.z), "r"(bytes.w) : "memory");
+  if constexpr (bytes == 16) {
+    const uint4 v = *static_cast<const uint4*>(global);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  } else {
+    const uint2 v = *static_cast<const uint2*>(global);
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(v.x), "r"(v.y) : "memory");
+  }
 #endif
 }
 

@@ -14,39 +14,39 @@ class WarpRow {
  public:
   static constexpr int kHeld = 32;
 
-  __device__ WarpRow(int64_t count, Value value) : count_(count), value_(value) {
-    for_each_held([&](int s, int64_t i) { held_[s] = value_(i); });
+  __device__ WarpRow(int32_t count, Value value) : count_(count), value_(value) {
+    for_each_held([&](int s, int32_t i) { held_[s] = value_(i); });
   }
 
   /// The row of map(i, value i).
   template <class Map>
   __device__ auto mapped(Map map) const {
-    const auto value = [inner = value_, map](int64_t i) { return map(i, inner(i)); };
+    const auto value = [inner = value_, map](int32_t i) { return map(i, inner(i)); };
     WarpRow<decltype(value)> row(count_, value, Unread{});
-    for_each_held([&](int s, int64_t i) { row.held_[s] = map(i, held_[s]); });
+    for_each_held([&](int s, int32_t i) { row.held_[s] = map(i, held_[s]); });
     return row;
   }
 
   /// visit(i, value i) for this lane's values, in order.
   template <class Visit>
   __device__ void for_each(Visit visit) const {
-    for_each_held([&](int s, int64_t i) { visit(i, held_[s]); });
-    for (int64_t i = kHeld * 32 + lane(); i < count_; i += 32) visit(i, value_(i));
+    for_each_held([&](int s, int32_t i) { visit(i, held_[s]); });
+    for (int32_t i = kHeld * 32 + lane(); i < count_; i += 32) visit(i, value_(i));
   }
 
   /// Sum of term(value, partial sum) in the one order of floats, in every lane.
   template <class Term>
   __device__ float sum(Term term) const {
     float total = 0.0f;
-    for_each([&](int64_t, float v) { total = term(v, total); });
+    for_each([&](int32_t, float v) { total = term(v, total); });
     return warp_reduce(total, [](float a, float b) { return a + b; });
   }
 
  private:
   template <class>
   friend class WarpRow;
-  __device__ WarpRow(int64_t count, Value value, Unread) : count_(count), value_(value) {}
-  static __device__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ WarpRow(int32_t count, Value value, Unread) : count_(count), value_(value) {}
+  static __device__ int32_t lane() { return static_cast<int32_t>(threadIdx.x % 32); }
   template <class Visit>
   __device__ void for_each_held(Visit visit) const {
 #pragma unroll
@@ -54,20 +54,20 @@ class WarpRow {
       if (s * 32 + lane() < count_) visit(s, s * 32 + lane());
   }
 
-  int64_t count_;
+  int32_t count_;
   Value value_;
   float held_[kHeld];
 };
 
 /// As quantize_row of core/front_end.h: a row of `channels` values with the parameters `fixed`, or its exact range.
 template <class Value>
-__device__ void quantize_row(const WarpRow<Value>& values, int64_t row, int64_t channels, bool valid, const float* fixed, const QuantizedOutput& y) {
+__device__ void quantize_row(const WarpRow<Value>& values, int64_t row, int32_t channels, bool valid, const float* fixed, const QuantizedOutput& y) {
   QParams qparams{kNan, 0};
   if (valid && fixed != nullptr) {
     qparams = fixed_qparams(fixed);
   } else if (valid) {
     Range r{kInfinity, -kInfinity};
-    values.for_each([&](int64_t, float v) {
+    values.for_each([&](int32_t, float v) {
       r.lo = is_finite(v) ? min_f(v, r.lo) : -kInfinity;
       r.hi = max_f(v, r.hi);
     });
@@ -80,7 +80,7 @@ __device__ void quantize_row(const WarpRow<Value>& values, int64_t row, int64_t 
   int64_t* stats = stats_row(y, row, channels);
   uint8_t* q = y.q + row * channels;
   Moments moments;
-  values.for_each([&](int64_t i, float v) {
+  values.for_each([&](int32_t i, float v) {
     const Code code = valid ? round_to_code(v * inverse_scale, qparams.zero_point) : Code{0, false};
     q[i] = code.q;
     moments.add(code.q);

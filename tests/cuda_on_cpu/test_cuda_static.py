@@ -16,7 +16,7 @@ BUDGETS = {
     "activation": (2, 64, 2816, 4),
     "attention": (3, 168, 21312, 3),
     "concat": (1, 64, 2240, 4),
-    "dense": (4, 255, 0, 1),
+    "dense": (5, 255, 0, 1),
     "depthwise": (1, 128, 0, 2),
     "dequantize": (3, 40, 0, 4),
     "layer_norm": (1, 168, 0, 3),
@@ -31,12 +31,14 @@ BUDGETS = {
     "upsample": (1, 64, 2240, 4),
 }
 
-# Dense layers, by the rows, columns and gathering of their tile (csrc/cuda/heuristics.h): other instructions per mma in the main loop.
+# Dense layers, by the rows and columns of their tile (csrc/cuda/heuristics.h) and the bytes they copy at once (dense.cu): other instructions
+# per mma in the main loop.
 DENSE = {
-    (128, 128, 0): 4.0,
-    (64, 64, 0): 4.0,
-    (32, 64, 0): 4.0,
-    (64, 64, 1): 45.0,  # reads x byte by byte
+    (128, 128, 16): 4.0,
+    (64, 64, 16): 4.0,
+    (32, 64, 16): 4.0,
+    (64, 64, 8): 7.0,  # twice the copies, each with its own place in the image
+    (64, 64, 1): 16.0,  # through registers, and byte by byte at the image's border
 }
 SHARED_FITS = {75: 1, 80: 3, 86: 2, 89: 2, 90: 4, 100: 4, 120: 2}  # blocks with 48 KiB of shared memory each
 

@@ -50,6 +50,10 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31u));
+}
+
 struct alignas(8) int2 {
   int x, y;
 };

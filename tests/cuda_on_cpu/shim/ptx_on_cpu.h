@@ -13,16 +13,17 @@ inline uint8_t* dynamic_shared() { return ::cuda_on_cpu::shared_memory(); }
 
 inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - ::cuda_on_cpu::shared_memory()); }
 
-/// 16 bytes that must lie, aligned, in the block's dynamic shared memory.
-inline uint8_t* shared_chunk(uint32_t address, const ::cuda_on_cpu::Site& site) {
-  if (address % 16 != 0 || address + 16 > ::cuda_on_cpu::dynamic_shared_bytes())
-    ::cuda_on_cpu::violate("shared memory: " + ::cuda_on_cpu::text(site) + " touches 16 bytes at " + std::to_string(address));
+/// Bytes that must lie, aligned, in the block's dynamic shared memory.
+inline uint8_t* shared_bytes(uint32_t address, uint32_t bytes, const ::cuda_on_cpu::Site& site) {
+  if (address % bytes != 0 || address + bytes > ::cuda_on_cpu::dynamic_shared_bytes())
+    ::cuda_on_cpu::violate("shared memory: " + ::cuda_on_cpu::text(site) + " touches " + std::to_string(bytes) + " bytes at " + std::to_string(address));
   return ::cuda_on_cpu::shared_memory() + address;
 }
 
-inline void cp_async_16(uint32_t shared, const void* global, CUDA_ON_CPU_SITE) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) ::cuda_on_cpu::violate("misaligned: " + ::cuda_on_cpu::text(site));
-  std::memcpy(shared_chunk(shared, site), global, 16);
+template <int bytes>
+void cp_async(uint32_t shared, const void* global, CUDA_ON_CPU_SITE) {
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0) ::cuda_on_cpu::violate("misaligned: " + ::cuda_on_cpu::text(site));
+  std::memcpy(shared_bytes(shared, bytes, site), global, bytes);
 }
 inline void cp_async_commit() {}
 template <int pending>
@@ -32,7 +33,7 @@ inline void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t row, CUDA_ON_CPU_SITE)
   struct Record {
     const uint8_t* row;
     uint32_t* matrices;
-  } record{shared_chunk(row, site), matrices};
+  } record{shared_bytes(row, 16, site), matrices};
   ::cuda_on_cpu::warp_collective(0xffffffffu, &record, site, [](uint32_t, void* const* records) {
     for (size_t lane = 0; lane < 32; ++lane)
       for (size_t matrix = 0; matrix < 4; ++matrix)
