@@ -81,9 +81,10 @@ class Kernel:
 
     @property
     def title(self):
-        """Its name with the sizes of its tile or its dtype, as far as there are any."""
+        """Its name with the sizes of its tile, its dtype or its operation, as far as there are any."""
         name = re.search(r"\d+([a-z_]+_kernel)", self.name)[1]
-        return f"{name}<{', '.join(map(str, self.numbers))}>" if self.numbers else name
+        arguments = [*re.findall(r"INS\d_\d+([A-Z][a-z]+)E", self.name), *map(str, self.numbers)]
+        return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 
 def compile_files(names, architecture, folder, nvcc, nvdisasm=None):

@@ -59,13 +59,31 @@ def test_registered_for_cuda_tensors(op):
 
 def test_fake_cuda_tensors_trace():
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    ops = probquant.ops
+
+    def network(x, packed):
+        q = ops.quantize(x, 1, None, None, True)
+        y = ops.conv2d(*q, packed, 8, [3, 3], [1, 1], [1, 1], [1, 1], 1, *[None] * 4, 0, 0.0, None, int(probquant.Strategy.DYNAMIC))
+        z = ops.activation(*ops.add(*y, *y)[:3], int(probquant.Activation.GELU))
+        joined = ops.concat([z[0], y[0]], [z[1], y[1]], [z[2], y[2]])
+        up = ops.upsample_nearest2d(*ops.max_pool2d(*joined[:3], [2], [2], [0], [1])[:3], [2])
+        tokens = ops.dequantize(*up[:3]).flatten(2).transpose(1, 2).contiguous()
+        norm = ops.layer_norm(tokens, None, None, None, None, None)
+        mixed = ops.attention(*norm[:3], *norm[:3], *norm[:3], 4, 0.5)
+        return ops.dequantize(*mixed[:3], torch.bfloat16), ops.moments(q[0], 1, True), q
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(2, 3, 8, 8, device="cuda", dtype=torch.float16)
-        q, scale, zero_point, stats = probquant.ops.quantize(x, 1, None, None, True)
-        y = probquant.ops.dequantize(q, scale, zero_point, torch.bfloat16)
-        again = probquant.ops.moments(q, 1, True)
-    assert {t.device.type for t in (q, scale, zero_point, stats, y, again)} == {"cuda"}
+        x = torch.empty(2, 4, 8, 8, device="cuda", dtype=torch.float16)
+        weight = torch.empty(8, 3, 3, 4, device="cuda", dtype=torch.int8)
+        packed = ops.pack_weight(weight, weight.new_empty(8, dtype=torch.float32)) if CUDA else torch.empty(1, device="cuda", dtype=torch.uint8)
+        graph = make_fx(network)(x, packed)
+        y, again, (q, _, _, stats) = network(x, packed)
+    called = {str(node.target).removesuffix(".default") for node in graph.graph.nodes}
+    assert {f"probquant.{op}" for op in ("conv2d", "add", "activation", "concat", "upsample_nearest2d", "layer_norm", "attention")} <= called
+    assert all(node.meta["val"].device.type == "cuda" for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
+    assert (y.shape, y.dtype, y.device.type) == ((2, 64, 16), torch.bfloat16, "cuda")
     assert (q.shape, q.dtype, stats.shape) == (x.shape, torch.uint8, again.shape)
 
 

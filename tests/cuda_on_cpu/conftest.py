@@ -63,9 +63,10 @@ class Builds:
             yield
 
     def __call__(self, target, folder="plain", **cache):
-        """The program of that CMake target. Builds with other cache variables need folders of their own."""
+        """The program of that CMake target. Cache variables that change how a program is built need a folder of their own; those that only
+        add programs do not."""
         with self.lock(folder):
-            if not (self.root / folder / "build.ninja").exists():
+            if cache or not (self.root / folder / "build.ninja").exists():
                 cache = {"CMAKE_PREFIX_PATH": probquant.cmake_prefix_path, "NVCC": find_nvcc() or "", **cache}
                 run("cmake", "-S", HERE, "-B", self.root / folder, "-G", "Ninja", *(f"-D{name}={value}" for name, value in cache.items()))
             run("cmake", "--build", self.root / folder, "--target", target)

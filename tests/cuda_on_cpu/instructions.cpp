@@ -215,9 +215,10 @@ void copy_async(uint32_t to, uint64_t from, unsigned bytes, uint32_t read_bytes,
   if (read_bytes > bytes) violate("asynchronous copy: " + text(site) + " reads " + std::to_string(read_bytes) + " of " + std::to_string(bytes) + " bytes");
   if (from % bytes != 0) violate("misaligned: " + text(site) + " copies " + std::to_string(bytes) + " bytes from an address that is not a multiple of it");
   const uint8_t* source = nullptr;
-  for (uint32_t i = 0; i < read_bytes; ++i) {  // any number of bytes may be read
-    const uint8_t* byte = global_at(from + i, 1, Access::read, site);
-    if (i == 0) source = byte;
+  const uint32_t piece = read_bytes == bytes ? bytes : 1;  // any number of bytes may be read
+  for (uint32_t i = 0; i < read_bytes; i += piece) {
+    const uint8_t* at = global_at(from + i, piece, Access::read, site);
+    if (i == 0) source = at;
   }
   begin_pending(to, bytes, site);
   const Copy copy{to, bytes, read_bytes, mine().groups, source};

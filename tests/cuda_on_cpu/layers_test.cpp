@@ -3,6 +3,7 @@
 // invalid scales, misaligned pointers, and batches whose samples meet in a tile.
 //
 //   layers_test [forward|backward|random] [seed]        exit status 0 if all is equal
+//   layers_test large                                   a GEMM of 1024^3 and a convolution of ResNet-50, without the checker; prints the profile
 #include <probquant/cuda.h>
 
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include "codes.h"
 #include "core/front_end.h"
 #include "cuda/launch.h"
+#include "memory.h"
 
 namespace {
 
@@ -70,7 +72,7 @@ std::string text(const Conv2dShape& s, const Options& o) {
          (o.residual ? "residual " : "") + (o.bounds ? "bounds " : "") + (o.wild ? "wild " : "") + "gamma " + number(o.gamma);
 }
 
-void test_layer(const Conv2dShape& s, const Options& o) {
+void test_layer(const Conv2dShape& s, const Options& o, bool every_tile = true) {
   ++cases;
   Activations x(s.batch, s.in_height * s.in_width * s.in_channels, s.in_channels, o.wild, o.misalignment);
   Activations residual(s.batch, s.out_height() * s.out_width() * s.out_channels, s.out_channels, o.wild, o.misalignment);
@@ -119,7 +121,7 @@ void test_layer(const Conv2dShape& s, const Options& o) {
   }
 
   // Every tile, with the parameters that are there: the choice between them must never show.
-  if (s.batch == 0 || cuda::PackedLayout(weight_shape(s)).depthwise) return;
+  if (!every_tile || s.batch == 0 || cuda::PackedLayout(weight_shape(s)).depthwise) return;
   const char* const names[] = {"large", "medium", "small"};
   for (const cuda::DenseTile tile : {cuda::DenseTile::large, cuda::DenseTile::medium, cuda::DenseTile::small}) {
     LayerOutputs again(s, o.channel_stats, 0xdd);
@@ -182,10 +184,23 @@ const Conv2dShape kShapes[] = {
     conv(2, 17, 15, 16, 24, 3, 1, 1), conv(2, 9, 9, 8, 8, 3, 1, 1, 8), conv(1, 10, 7, 144, 144, 3, 2, 1, 144), conv(2, 7, 9, 5, 15, 5, 1, 2, 5),
     uneven(conv(1, 12, 11, 36, 36, 3, 1, 1, 36)), conv(1, 16, 16, 4, 4, 7, 1, 3, 4, 2), conv(2, 5, 5, 3, 6, 1, 1, 0, 3)};
 
+int test_large() {
+  cuda_on_cpu::options().check = false;
+  cuda_on_cpu::options().profile = true;
+  Options o;
+  o.strategy = Strategy::gaussian, o.bounds = true;
+  test_layer(linear_shape(1, 1024, 1024, 1024), o, false);
+  for (const int64_t channels : {3, 24, 64}) test_layer(conv(1, 56, 56, channels, 64, 3, 1, 1), o, channels == 64);
+  test_layer(conv(1, 56, 56, 64, 64, 3, 1, 1, 64), o, false);
+  cuda_on_cpu::print_profile(stdout);
+  return cuda_on_cpu::summary(cases);
+}
+
 }  // namespace
 
 int main(int argument_count, char** arguments) try {
   cuda_on_cpu::set_order(argument_count, arguments);
+  if (argument_count > 1 && std::string(arguments[1]) == "large") return test_large();
   const Strategy strategies[] = {Strategy::none, Strategy::fixed, Strategy::dynamic, Strategy::gaussian, Strategy::gaussian_channel,
                                  Strategy::probe, Strategy::channel};
   uint32_t turn = 0;

@@ -169,25 +169,23 @@ struct Request {
   std::vector<uint64_t> addresses;
 };
 struct Totals {
-  bool is_shared = false;
   unsigned bytes = 0;
   uint64_t requests = 0, done = 0, needed = 0;
 };
 bool profiling = false;  // this block
-std::map<std::pair<const Site*, unsigned>, unsigned> turns;                       // by place and thread
-std::map<std::tuple<const Site*, unsigned, unsigned>, Request> requests;          // by place, warp and turn
-std::map<std::tuple<std::string, int, std::string>, Totals> profile;              // by file, line and instruction
+std::map<std::tuple<const Site*, bool, unsigned>, unsigned> turns;                 // by place, space and thread: cp.async has both spaces
+std::map<std::tuple<const Site*, bool, unsigned, unsigned>, Request> requests;     // by place, space, warp and turn
+std::map<std::tuple<std::string, int, std::string, bool>, Totals> profile;         // by file, line, instruction and space
 
 void note(const Site& site, uint64_t address, unsigned bytes, bool is_shared) {
-  Request& request = requests[{&site, current.warp, turns[{&site, self()}]++}];
+  Request& request = requests[{&site, is_shared, current.warp, turns[{&site, is_shared, self()}]++}];
   request.bytes = bytes;
   request.is_shared = is_shared;
   request.addresses.push_back(address);
 }
 
 void add_to_profile(const Site& site, const Request& request) {
-  Totals& totals = profile[{site.file, site.line, site.what}];
-  totals.is_shared = request.is_shared;
+  Totals& totals = profile[{site.file, site.line, site.what, request.is_shared}];
   totals.bytes = request.bytes;
   totals.requests += 1;
   if (!request.is_shared) {
@@ -361,8 +359,8 @@ void print_profile(std::FILE* file) {
   end_profiled_block();
   std::fprintf(file, "%-56s %-6s %5s %9s %9s %9s %6s\n", "place", "space", "bytes", "requests", "done", "needed", "ratio");
   for (const auto& [key, t] : profile) {
-    const auto& [name, line, what] = key;
-    std::fprintf(file, "%-56s %-6s %5u %9llu %9llu %9llu %6.2f\n", text({name.c_str(), line, what.c_str()}).c_str(), t.is_shared ? "shared" : "global", t.bytes,
+    const auto& [name, line, what, shared] = key;
+    std::fprintf(file, "%-56s %-6s %5u %9llu %9llu %9llu %6.2f\n", text({name.c_str(), line, what.c_str()}).c_str(), shared ? "shared" : "global", t.bytes,
                  static_cast<unsigned long long>(t.requests), static_cast<unsigned long long>(t.done), static_cast<unsigned long long>(t.needed),
                  static_cast<double>(t.done) / static_cast<double>(t.needed));
   }

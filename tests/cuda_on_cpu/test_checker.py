@@ -45,7 +45,7 @@ def cutlass(nvcc):
 def layouts(request, build, nvcc):
     """A file of fragment layouts from somebody else."""
     if request.param == "cute":
-        return run(build("cute_tables", "with_cutlass", CUTLASS=request.getfixturevalue("cutlass")))
+        return run(build("cute_tables", CUTLASS=request.getfixturevalue("cutlass")))
     if importlib.util.find_spec("tinygrad") is None:
         pytest.skip("no tinygrad (pip install --no-deps tinygrad)")
     return run(sys.executable, HERE / "oracles" / "tinygrad_tables.py")
@@ -73,12 +73,12 @@ def test_cub_blocks(build, nvcc):
 @pytest.mark.full
 @pytest.mark.parametrize("arguments", [(64, 64, 64), (256, 192, 256), (128, 64, 208), (200, 136, 208, "unchecked")])
 def test_cutlass_gemm(build, cutlass, arguments):
-    run(build("cutlass_gemm_ptx", "with_cutlass", CUTLASS=cutlass), *arguments)
+    run(build("cutlass_gemm_ptx", CUTLASS=cutlass), *arguments)
 
 
 @pytest.mark.full
 def test_cutlass_reads_rows_that_it_never_filled(build, cutlass):
-    report = run(build("cutlass_gemm_ptx", "with_cutlass", CUTLASS=cutlass), 200, 136, 208, status=1)
+    report = run(build("cutlass_gemm_ptx", CUTLASS=cutlass), 200, 136, 208, status=1)
     assert "uninitialised shared memory: ldmatrix" in report
 
 

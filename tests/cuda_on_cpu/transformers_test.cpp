@@ -3,11 +3,13 @@
 // tokens that are invalid.
 //
 //   transformers_test [forward|backward|random] [seed]        exit status 0 if all is equal
+//   transformers_test large                                   sizes of ViT-B/16, without the checker; prints the profile
 #include <probquant/cuda.h>
 
 #include <cstdio>
 
 #include "codes.h"
+#include "memory.h"
 
 namespace {
 
@@ -86,10 +88,20 @@ void test_attention(const AttentionShape& s, Strategy strategy, uint32_t turn) {
   compare("attention [" + number(s.batch) + number(s.queries) + number(s.keys) + number(s.heads) + number(s.head_dim) + "] turn " + number(turn), wanted, got);
 }
 
+int test_large() {
+  cuda_on_cpu::options().check = false;
+  cuda_on_cpu::options().profile = true;
+  test_layer_norm(197, 768, Strategy::dynamic, 0);
+  test_attention({1, 197, 197, 12, 64}, Strategy::dynamic, 0);
+  cuda_on_cpu::print_profile(stdout);
+  return cuda_on_cpu::summary(cases);
+}
+
 }  // namespace
 
 int main(int argument_count, char** arguments) try {
   cuda_on_cpu::set_order(argument_count, arguments);
+  if (argument_count > 1 && std::string(arguments[1]) == "large") return test_large();
   uint32_t turn = 0;
   for (const int64_t channels : {1, 31, 64, 96, 768, 1025, 1500})
     for (const Strategy strategy : {Strategy::none, Strategy::fixed, Strategy::dynamic, Strategy::gaussian}) test_layer_norm(turn % 6, channels, strategy, turn), ++turn;
