@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from common import Skip, add_clock_option, alternate, check_names, describe_run, keep_heap, paired_ratios, pin, print_run, ratio_summary, run_per_thread_count, text_table, use_clock, write_results
 from contestants import CONTESTANTS, OURS, STATIC_PEERS, Problem, build
-from peak import probe_avx2_gmacs, probe_vnni_gmacs
+from peak import probe_amx_gmacs, probe_avx2_gmacs, probe_vnni_gmacs
 from shapes import FOLDER, read_shapes
 
 PROBABILISTIC, STATIC, DYNAMIC = "probquant probabilistic", "probquant static", "probquant dynamic"
 _PAIRS = ((PROBABILISTIC, STATIC), (DYNAMIC, PROBABILISTIC))
+PROBES = {"amx": probe_amx_gmacs, "vnni": probe_vnni_gmacs, "avx2": probe_avx2_gmacs}  # what 100 % may be
 
 
 def measure(shape, threads: int, names: list[str], args, probe) -> tuple[list[dict], dict, float]:
@@ -100,7 +101,7 @@ contestants: """
     parser.add_argument("--zero-point", type=int, help="of the input (default: 0 for convolutions, as behind a ReLU, 110 for linear and first layers)")
     parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8, help="7: weights in [-63, 63], the most that AVX2 kernels built on saturating int8 products get right (default: %(default)s)")
     parser.add_argument("--malloc", choices=("keep", "system"), default="keep", help="keep: freed memory stays mapped, so that a large output costs no page faults in any contestant (default); system: as malloc does by itself")
-    parser.add_argument("--peak", choices=("vnni", "avx2"), help="what 100 %% is (default: that of the instruction set probquant uses)")
+    parser.add_argument("--peak", choices=tuple(PROBES), help="what 100 %% is (default: that of the instruction set probquant uses)")
     add_clock_option(parser)
     parser.add_argument("--json", metavar="OUT", help="write rows {shape, threads, contestant, us_min, us_median, percent_of_peak}")
     argv = sys.argv[1:] if argv is None else argv
@@ -122,10 +123,11 @@ contestants: """
     torch.set_num_threads(threads)
     run = describe_run()
     print_run(run)
-    kind = args.peak or ("avx2" if run.get("probquant_isa") == "avx2" else "vnni")
-    probe = probe_avx2_gmacs if kind == "avx2" else probe_vnni_gmacs
+    kind = args.peak or {"amx": "amx", "avx2": "avx2"}.get(run.get("probquant_isa"), "vnni")
+    probe = PROBES[kind]
     if not probe(threads) > 0:
-        raise SystemExit("layers.py measures against the int8 peak of x86-64 CPUs with AVX2 or newer; this one has none")
+        raise SystemExit(f"layers.py measures against the int8 peak of x86-64 CPUs with AVX2 or newer; this one has no {kind}")
+    print("int8 peaks, GMAC/s: " + ", ".join(f"{name} {rate:.0f}" for name, one in PROBES.items() if (rate := one(threads)) > 0) + f"; 100 % is {kind}")
     context = {**run, "peak": kind, "gamma": args.gamma, "granularity": args.granularity, "weight_bits": args.weight_bits, "rounds": args.rounds, "malloc": args.malloc, "clock": args.clock, "layers": []}
     rows: list[dict] = []
     with torch.no_grad(), tqdm(total=len(shapes), unit=" layers") as bar:

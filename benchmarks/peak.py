@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common import available_cpus, cache_bytes, cpu_facts, describe_run, pin, print_run, text_table, write_results
 
 KINDS = {
+    "amx_tile": "int8 product of tiles, 16 x 16 x 64 (tdpbusd)",
     "vnni_zmm": "int8 dot product, 512 bit (vpdpbusd)",
     "vnni_ymm": "int8 dot product, 256 bit (vpdpbusd)",
     "int16_ymm": "AVX2, int16 (vpmaddwd + vpaddd)",
@@ -60,8 +61,13 @@ def probe_gmacs(kind: str, threads: int = 1, seconds: float = 0.02) -> float | N
 
 
 def probe_vnni_gmacs(threads: int = 1, seconds: float = 0.02) -> float:
-    """The int8 peak of the widest instruction there is, in 10^9 multiply-accumulates per second."""
+    """The int8 peak of the widest vector instruction there is, in 10^9 multiply-accumulates per second."""
     return next((rate for rate in (probe_gmacs(kind, threads, seconds) for kind in ("vnni_zmm", "vnni_ymm", "int16_ymm")) if rate), float("nan"))
+
+
+def probe_amx_gmacs(threads: int = 1, seconds: float = 0.02) -> float:
+    """The int8 peak of AMX, in 10^9 multiply-accumulates per second."""
+    return probe_gmacs("amx_tile", threads, seconds) or float("nan")
 
 
 def probe_avx2_gmacs(threads: int = 1, seconds: float = 0.02) -> float:

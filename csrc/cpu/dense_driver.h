@@ -2,8 +2,9 @@
 // own the register tiles; everything here has internal linkage, because it is compiled with their flags.
 //
 // Order of the loops: group, chunk of rows, then panels of blocks outside tiles of rows, or the other way round. Tiles are
-// outside while all weights stay in half of L2 (they are built once, rows of y are written at once); otherwise panels are
-// outside, a panel's weights come from L1 or L2, the input of a chunk from L2, and weights are read once per chunk.
+// outside while all weights stay in the kernel's share of L2 (they are built once, rows of y are written at once); otherwise panels are
+// outside, a panel's weights come from L1 or L2, the input of a chunk from L2, and weights are read once per chunk. A kernel may take
+// several panels together, between which it comes back to the same tile.
 //
 // Implicit GEMM: a tile holds the address of each row's first tap, and every tap is an offset from it that all rows share.
 // The output image falls into five regions (interior, top, bottom, left, right) so that tiles of the interior see no
@@ -136,7 +137,7 @@ class DenseDriver {
       const int64_t base = group * layout.group_blocks;
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
       const int64_t max_rows = part_rows ? 2 * part_rows : Kernel::max_rows(b1 - b0);
-      const bool tiles_outside = (b1 - b0) * layout.block_bytes <= Kernel::kWeightsInCache && !p.channel_stats;
+      const bool tiles_outside = (b1 - b0) * layout.block_bytes <= kernel.weights_in_cache && !p.channel_stats;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
@@ -148,19 +149,22 @@ class DenseDriver {
             for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
           });
         } else {
-          for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) {
-            const uint8_t* ahead = panel.block + panel.blocks * layout.block_bytes;
-            const uint8_t* const stop = panel.channel + panel.channels < range.channel_end ? ahead + panel.blocks * layout.block_bytes : ahead;
-            kernel.start_weights(panel.block, panel.blocks, end - begin);
-            if constexpr (Kernel::kPrefetches) ahead = stop;
-            const int64_t share = ceil_div(panel.blocks * layout.block_bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
+          const int64_t together = p.channel_stats ? 0 : kernel.weights_together / layout.block_bytes / Kernel::panel_blocks(b1) * Kernel::panel_blocks(b1);
+          for (int64_t b = b0; b < b1;) {
+            const int64_t blocks = min_i(b1 - b, max_i(Kernel::panel_blocks(b1 - b), together)), bytes = blocks * layout.block_bytes;
+            const uint8_t* const block = p.packed_weight + (base + b) * layout.block_bytes;
+            const uint8_t* ahead = block + bytes;
+            const uint8_t* const stop = b + blocks < b1 && !Kernel::kPrefetches ? ahead + bytes : ahead;
+            kernel.start_weights(block, blocks, end - begin);
+            const int64_t share = ceil_div(bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
               for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
               kernel.start_tile(tile);
-              kernel.run(*this, tile, panel);
+              for_each_panel<Kernel>(b, b + blocks, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
             });
             kernel.end_panel();
-          });
+            b += blocks;
+          }
         }
         kernel.end_chunk();
       }

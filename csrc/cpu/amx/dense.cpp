@@ -4,12 +4,15 @@
 // hold weights: the packed stream is what TDPBUSD wants, 16 steps of 4 inputs x 16 channels. A step of 64 inputs is 4 TDPBUSD, of as
 // many clocks as a part has rows, on 4 loads, which take 8 clocks each: 64 clocks on 32, so that 2 KB of weights may come from L2.
 // All rows of a call fit the same configuration: a part has as many rows as the longest in the range, those beyond its own being ignored.
-// x is loaded from where it lies when the rows of a part are equally far apart; other rows (padding, ends of short lines, segments that
-// are not a multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights.
+// x is loaded from where it lies when the rows of a part are equally far apart; other rows (ends of short lines, segments that are not a
+// multiple of a tile's bytes, 3-channel inputs) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. A layer with
+// padding works on copies of its input that have it, kPaddedBytes at a time, which costs less than to gather its borders' rows.
+// Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
-// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and while
-// the next tile multiplies, the vector units finish them, 4 rows after each step, which out-of-order execution overlaps.
+// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and
+// the vector units finish them once the next tile's first step is under way, which out-of-order execution overlaps; where steps are many,
+// 4 rows after each of them. Beside TDPBUSD, 512-bit multiplications and conversions start once per clock instead of twice.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
 #include "tiles.h"
@@ -20,7 +23,6 @@
 namespace probquant {
 namespace {
 
-constexpr int64_t kPartRows = 16;
 constexpr int kTileBlocks = 2;
 constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
@@ -114,13 +116,14 @@ constexpr CopyPieces kCopies[kMostPieces + 1] = {nullptr,        copy_pieces<1>,
 class AmxKernel : public DenseEpilogue {
  public:
   static constexpr bool kPrefetches = true;
-  static constexpr int64_t kWeightsInCache = 1 << 20;
-  static constexpr int64_t kInputInCache = 1 << 20;
+  static constexpr int64_t kInputInCache = 640 << 10;
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kTileBlocks)); }
 
   AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part)
       : DenseEpilogue(owner.p, kind),
+        weights_in_cache(panel_in_l1(owner.p.layout) ? 16 << 10 : 1 << 20),
+        weights_together(panel_in_l1(owner.p.layout) ? 0 : 384 << 10),
         driver(owner),
         part_rows(longest_part),
         tile_steps(steps_of_tile(owner.p.layout.segment_taps > 1 ? owner.p.layout.steps : owner.p.layout.segment_steps)),
@@ -138,7 +141,7 @@ class AmxKernel : public DenseEpilogue {
 
   /// The next panel's weights come from L3 or memory while this one's multiply, a share in each step.
   void start_weights(const uint8_t* block, int64_t panel_blocks, int64_t rows) {
-    const int64_t bytes = panel_blocks * p.layout.block_bytes, steps = max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps);
+    const int64_t bytes = panel_blocks * p.layout.block_bytes, steps = max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps) * ceil_div(panel_blocks, kTileBlocks);
     ahead = block + bytes;
     ahead_end = min_p(ahead + bytes, p.packed_weight + p.layout.trailer_offset());
     ahead_lines = static_cast<int>(ceil_div(bytes, 64 * steps));
@@ -153,7 +156,7 @@ class AmxKernel : public DenseEpilogue {
 
   void run(DenseDriver& segments, const Tile& tile, const Panel& panel) {
     const int64_t steps = (tile.box.ky1 - tile.box.ky0) * (tile.box.kx1 - tile.box.kx0) * p.layout.inputs / (4 * tile_steps) + 1;
-    rows_per_step = 4 * static_cast<int>(ceil_div(pending.left, 4 * steps));
+    rows_per_step = steps < 32 ? kTileRows : 4;
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
@@ -180,14 +183,22 @@ class AmxKernel : public DenseEpilogue {
     DenseEpilogue::end_chunk();
   }
 
+  const int64_t weights_in_cache;  ///< up to which tiles are outside of panels: half of L2
+  const int64_t weights_together;  ///< bytes of panels that a tile meets one after the other, beyond that
+
  private:
   static const uint8_t* min_p(const uint8_t* a, const uint8_t* b) { return a < b ? a : b; }
+
+  /// A convolution's taps meet the same inputs, which come from L2 in a fraction of the weights' bytes, so what stays in L1 should be a
+  /// panel of its weights, where that can.
+  static bool panel_in_l1(const PackedLayout& layout) { return layout.taps > 1 && kTileBlocks * layout.block_bytes <= 24 << 10; }
 
   /// Bytes between the rows [begin, end) of a tile, if it is the same for all of them and all rows of a part can be read from there.
   bool part_stride(const Tile& tile, int begin, int end, int64_t& bytes) const {
     bytes = end - begin > 1 ? tile.x[begin + 1] - tile.x[begin] : 0;
-    for (int i = begin + 1; i < end; ++i)
-      if (tile.x[i] - tile.x[i - 1] != bytes) return false;
+    int64_t differences = 0;
+    for (int i = begin + 1; i < end; ++i) differences |= tile.x[i] - tile.x[i - 1] - bytes;
+    if (differences != 0) return false;
     return end - begin == part_rows || end == begin || tile.x[begin] + (part_rows - 1) * bytes + driver.reach(tile) <= driver.end_of_x();
   }
 
@@ -433,7 +444,7 @@ bool run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
   const Conv2dShape& s = p.shape;
   const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
-  if (!padded || p.layout.segment_taps > 1 || range.row_begin >= range.row_end) return run_unpadded(p, range, output);
+  if (!padded || range.row_begin >= range.row_end) return run_unpadded(p, range, output);
   const int64_t line = (s.in_width + s.padding_left + s.padding_right) * s.in_channels, rows = p.rows_per_sample;
   const int64_t lines = (p.out_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
   for (int64_t row = range.row_begin; row < range.row_end;) {

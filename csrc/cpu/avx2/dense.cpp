@@ -331,8 +331,9 @@ struct PanelConstants {
 /// Finishes tiles, and gathers statistics.
 class DenseKernel {
  public:
-  static constexpr bool kPrefetches = false;  ///< the next panel's weights, by itself
-  static constexpr int64_t kWeightsInCache = 96 << 10;  ///< of packed ones; twice that when widened
+  static constexpr bool kPrefetches = false;    ///< the next panel's weights, by itself
+  static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
+  static constexpr int64_t weights_in_cache = 96 << 10;  ///< of packed ones; twice that when widened
   static constexpr int64_t kInputInCache = 256 << 10;
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kPanelBlocks)); }

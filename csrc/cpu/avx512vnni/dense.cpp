@@ -158,8 +158,9 @@ constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
 /// Runs the layer: chooses the register tile.
 class DenseKernel : public DenseEpilogue {
  public:
-  static constexpr bool kPrefetches = false;  ///< the next panel's weights, by itself
-  static constexpr int64_t kWeightsInCache = 256 << 10;
+  static constexpr bool kPrefetches = false;    ///< the next panel's weights, by itself
+  static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
+  static constexpr int64_t weights_in_cache = 256 << 10;
   static constexpr int64_t kInputInCache = 640 << 10;
   static int64_t max_rows(int64_t blocks) { return blocks >= 4 ? 6 : blocks == 3 ? 8 : 12; }
   static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
