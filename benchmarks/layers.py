@@ -53,7 +53,7 @@ def measure(shape, threads: int, names: list[str], args, probe) -> tuple[list[di
                 "contestant": name,
                 "us_min": round(fastest, 2),
                 "us_median": round(statistics.median(times), 2),
-                "percent_of_peak": round(100 * shape.macs / (fastest * 1e3) / peak, 2),
+                "percent_of_peak": round(100 * shape.macs / (fastest * 1e3) / peak, 4),
             }
         )
     return rows, {"paired": paired, "skipped": skipped}, peak

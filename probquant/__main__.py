@@ -369,7 +369,7 @@ def _run_arguments(sub) -> None:
 
 def _quantize_arguments(sub) -> None:
     group = sub.add_argument_group("quantization")
-    group.add_argument("--surrogate", default="gaussian", choices=SURROGATES, help="how ranges are predicted; auto: measured for every layer")
+    group.add_argument("--surrogate", default="auto", choices=SURROGATES, help="how ranges are predicted; auto: measured for every layer")
     group.add_argument("--gamma", type=int, default=0, help="sampling stride of the prediction; 0: the input's moments alone")
     group.add_argument("--criterion", default="mse", choices=CRITERIA, help="what calibration optimises (entropy: static ranges alone)")
     group.add_argument("--percentile", type=float, default=99.99, help="share of the outputs, in %%, that is not clipped (criterion percentile)")

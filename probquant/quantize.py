@@ -37,7 +37,7 @@ def quantize(
     calibration_batches: Iterable,
     *,
     strategy: str = "probabilistic",
-    surrogate: str = "gaussian",
+    surrogate: str = "auto",
     gamma: int = 0,
     criterion: str = "mse",
     percentile: float = 99.99,
