@@ -37,7 +37,7 @@ def distillation(name, batches=4, size=8):
 
 CASES = [
     ("resnet", {"strategy": "static"}), ("resnet", {}), ("resnet", {"surrogate": "gaussian_channel", "gamma": 2}), ("mobilenet", {"surrogate": "channel"}),
-    ("mobilenet", {"surrogate": "probe"}), ("yolo", {}), ("efficientnet", {"strategy": "dynamic"}), ("two_heads", {"weight_rounding": "gptq"}),
+    ("mobilenet", {"surrogate": "probe"}), ("yolo", {}), ("efficientnet", {"strategy": "dynamic"}), ("two_heads", {"weight_rounding": "gptq"}), ("vit", {}),
 ]  # fmt: skip
 
 
