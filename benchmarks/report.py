@@ -220,6 +220,9 @@ _METRICS = {  # of accuracy.py: title, format, factor
 }  # fmt: skip
 
 
+_FILE_NAME = str.maketrans("_:./", "----")
+
+
 def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[list[dict], dict]], out: Path) -> str:
     """One page of several files of accuracy.py, a section for every model, and of ablations.py."""
     page = [
@@ -229,9 +232,11 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
         "top-1; a jackknife over 16 groups of pictures for AP). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
         "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
     ]
-    for rows, run in parts:
-        for model in dict.fromkeys(row["model"] for row in rows):
-            page.append(_accuracy_section([row for row in rows if row["model"] == model], run, model, out))
+    sections = [(model, rows, run) for rows, run in parts for model in dict.fromkeys(row["model"] for row in rows)]
+    for i, (model, rows, run) in enumerate(sections):
+        before = sum(other == model for other, *_ in sections[:i])
+        image = out / f"accuracy-{model.translate(_FILE_NAME)}{f'-{before + 1}' if before else ''}.svg"
+        page.append(_accuracy_section([row for row in rows if row["model"] == model], run, model, image))
     if ablations:
         page.append(
             "## Ablations\n\nThe paper's, redone. What does not vary is: gaussian surrogate, gamma 0, 64 pictures to calibrate on, widths of least squared error, "
@@ -273,7 +278,7 @@ def _metric_text(metric: str, value: float | None) -> str:
     return "-" if value is None else format(factor * value, form)
 
 
-def _accuracy_section(rows: list[dict], run: dict, model: str, out: Path) -> str:
+def _accuracy_section(rows: list[dict], run: dict, model: str, plot: Path) -> str:
     values = {(row["shift"], row["strategy"], row["metric"]): row for row in rows}
     shifts, strategies = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shift", "strategy"))
     metrics = [metric for metric in _METRICS if any(row["metric"] == metric for row in rows)]
@@ -298,8 +303,7 @@ def _accuracy_section(rows: list[dict], run: dict, model: str, out: Path) -> str
     training = run.get(f"training of {model}")
     if training and any(strategy.startswith("qat") for strategy in strategies):
         calibration += f"; qat: {training}"
-    name = model.replace("_", "-").replace(":", "-").replace(".", "-")
-    image = _plot_accuracy(values, shifts, strategies, out / f"accuracy-{name}.svg")
+    image = _plot_accuracy(values, shifts, strategies, plot)
     parts = [f"## {model}\n", f"{rows[0]['task'].capitalize()}, {rows[0]['n']} pictures; calibrated on {calibration}.\n", circumstances(run, timed=False)]
     parts += [markdown_table(header, table, left=2) + "\n"]
     return "\n".join([*parts, *([f"![drop by shift and strategy]({image})\n"] if image else [])])
