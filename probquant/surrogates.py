@@ -28,8 +28,10 @@ _BINS = 2048
 CRITERIA = ("mse", "percentile", "minmax", "entropy")
 
 # A strategy is good enough when its noise, on samples that it was not fitted to, is at most so many decibels above the best
-# one's: on average, and on the worst sample.
-TOLERANCE, WORST_TOLERANCE = 0.1, 1.0
+# one's: on average, and on the worst sample. EfficientNet-lite0, 48 pictures, clean / contrast, and time over that of fixed ranges:
+# 0.1 gives 25.9 / 19.7 dB at 1.43, 1 gives 26.0 / 19.5 at 1.27, 3 gives 25.7 / 19.2 at 1.07 (fixed: 24.9 / 17.8); but 3 costs ResNet-20 6 dB
+# under noise and YOLOX-nano .006 of AP.
+TOLERANCE, WORST_TOLERANCE = 1.0, 2.0
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
