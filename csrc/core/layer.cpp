@@ -1,6 +1,6 @@
 // Convolution and linear layers: validate, predict every sample's range, then run the row kernel of the selected ISA over
-// the executor's threads. The kernel's epilogue writes 8 bits at once; the dynamic strategy holds all of the output in 32
-// bits first, the probe a sixteenth of it.
+// the executor's threads. The kernel's epilogue writes 8 bits at once. Where an exact range is wanted, of all outputs (dynamic) or of a
+// sixteenth of them (probe), a first pass finds it: its sums are computed again, or held in 32 bits where that takes less time.
 #include <algorithm>
 #include <vector>
 
@@ -127,86 +127,105 @@ void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int6
   });
 }
 
-/// Rows of a sample whose 32-bit output is held until the sample's range is known.
-int64_t held_rows(const Conv2dShape& s, Strategy strategy) {
-  const int64_t rows = s.out_height() * s.out_width();
-  return strategy == Strategy::dynamic ? rows : strategy == Strategy::probe ? probe_segments(rows) * probe_segment_rows(rows) : 0;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Exact ranges: of all rows (dynamic), or of those that the probe sees
 
-/// Samples whose 32-bit output is held at once: what fits in about 1 MiB, at least one.
-int64_t held_samples(const Conv2dShape& s, Strategy strategy) {
-  const int64_t sample_bytes = 4 * held_rows(s, strategy) * s.out_channels;
-  return std::max<int64_t>(1, std::min<int64_t>(s.batch, (int64_t{1} << 20) / std::max<int64_t>(1, sample_bytes)));
-}
+/// How the exact range of some rows of each sample is found before anything is rounded. Either their products are computed twice, first
+/// only for the range, which needs no memory, or their sums are held in 32 bits.
+struct ExactRange {
+  int64_t rows;     ///< of a sample
+  int64_t samples;  ///< of a pass
+  bool holds;
 
-/// Runs as many samples at a time as the workspace holds (accumulators of a chunk, then its ranges): accumulate(begin, end,
-/// accumulators) finds the ranges of samples [begin, end), parameters(lo, hi) makes an output's parameters of one, and
-/// finish(begin, end, accumulators) writes the output.
-template <class Accumulate, class Parameters, class Finish>
-void run_held(LayerProblem& p, const LayerArguments& a, std::vector<SampleEpilogue>& samples, Accumulate accumulate, Parameters parameters,
-              Finish finish) {
-  const int64_t chunk = held_samples(p.shape, a.strategy);
-  auto* accumulators = static_cast<int32_t*>(a.workspace);
-  auto* range = reinterpret_cast<float*>(accumulators + chunk * held_rows(p.shape, a.strategy) * p.shape.out_channels);
-  for (int64_t begin = 0; begin < p.shape.batch; begin += chunk) {
-    const int64_t end = std::min(p.shape.batch, begin + chunk);
-    p.range = range - 2 * begin;  // kernels index by absolute sample
+  ExactRange(const Conv2dShape& s, const PackedLayout& layout, Strategy strategy) {
+    const int64_t positions = s.out_height() * s.out_width();
+    rows = strategy == Strategy::dynamic ? positions : probe_segments(positions) * probe_segment_rows(positions);
+    const auto fitting = [&](int64_t sample_bytes) { return std::max<int64_t>(1, std::min<int64_t>(s.batch, kCached / std::max<int64_t>(1, sample_bytes))); };
+    const int64_t held = fitting(4 * rows * layout.columns());
+    const int64_t clocks_to_hold = held * 4 * rows * layout.columns() <= kCached ? kClocksCached : kClocksBeyond;
+    holds = !layout.depthwise && field_weights(s) * kBlockChannels > clocks_to_hold * kernels().macs_per_clock;
+    samples = holds ? held : fitting(s.in_height * s.in_width * s.in_channels);
+  }
+  int64_t workspace_bytes(const PackedLayout& layout) const { return holds ? samples * 4 * rows * layout.columns() : 0; }
+
+ private:
+  static constexpr int64_t kCached = int64_t{1} << 20;             ///< bytes that L2 has for sums, or for the input of the samples of a pass
+  static constexpr int64_t kClocksCached = 5, kClocksBeyond = 24;  ///< to store and load a block's sums of a row: from L2, and from beyond
+};
+
+/// Finds the ranges of as many samples at a time as `exact` says: see(begin, end) of samples [begin, end), whose parameters
+/// parameters(lo, hi) makes of the range, and finish(begin, end) writes the output. p.held is the first sample's, p.range theirs.
+template <class See, class Parameters, class Finish>
+void run_exact(LayerProblem& p, const ExactRange& exact, const LayerArguments& a, std::vector<SampleEpilogue>& samples, See see, Parameters parameters,
+               Finish finish) {
+  std::vector<float> range(static_cast<size_t>(2 * exact.samples));
+  for (int64_t begin = 0; begin < p.shape.batch; begin += exact.samples) {
+    const int64_t end = std::min(p.shape.batch, begin + exact.samples);
+    p.range = range.data() - 2 * begin;  // kernels index by absolute sample
+    p.held = exact.holds ? static_cast<int32_t*>(a.workspace) : nullptr;
     for (int64_t n = begin; n < end; ++n) {
       p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
       set_output(samples[static_cast<size_t>(n)], {1.0f, 0}, a.activation_min, a.activation_max);
     }
-    accumulate(begin, end, accumulators);
+    see(begin, end);
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)];
       const QParams y = parameters(p.range[2 * n], p.range[2 * n + 1]);
       set_output(e, y, a.activation_min, a.activation_max);
       write_qparams(a.y, n, e, y);
     }
-    finish(begin, end, accumulators);
+    finish(begin, end);
   }
+}
+
+/// `p`, whose held sums are those of row `row` and what follows.
+LayerProblem held_from(const LayerProblem& p, int32_t* held, int64_t row) {
+  LayerProblem part = p;
+  if (held) part.held = held - row * p.layout.columns();  // kernels index by absolute row
+  return part;
 }
 
 void run_dynamic(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
   const int64_t rows = p.rows_per_sample;
-  run_held(
-      p, a, samples,
-      [&](int64_t begin, int64_t end, int32_t* accumulators) {
-        p.accumulators = accumulators - begin * rows * p.shape.out_channels;  // kernels index by absolute row
-        run_rows(p, run.accumulate, begin * rows, end * rows, executor);
-      },
-      qparams_from_range, [&](int64_t begin, int64_t end, int32_t*) { run_rows(p, kernels().layer_requantize, begin * rows, end * rows, executor); });
+  const auto run_samples = [&](LayerKernel kernel, int64_t begin, int64_t end) {
+    run_rows(held_from(p, p.held, begin * rows), kernel, begin * rows, end * rows, executor);
+  };
+  run_exact(
+      p, ExactRange(p.shape, p.layout, a.strategy), a, samples, [&](int64_t begin, int64_t end) { run_samples(run.range, begin, end); }, qparams_from_range,
+      [&](int64_t begin, int64_t end) { run_samples(run.quantized, begin, end); });
 }
 
-/// Segments of rows first, in 32 bits; then, with the range known, these are requantized and the rows between them computed.
+/// Segments of rows first, for the range. Where their sums are held, the rows between them are computed apart.
 void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
   const int64_t rows = p.rows_per_sample, segments = probe_segments(rows), segment_rows = probe_segment_rows(rows);
-  /// Visits the segments of samples [begin, end): visit(problem whose accumulators hold the segment, first row of its
-  /// sample, segment, index, channels).
-  const auto for_each_segment = [&](int64_t begin, int64_t end, int32_t* accumulators, auto visit) {
+  /// Visits the segments of samples [begin, end): visit(problem that holds the segment, first row of its sample, segment, index, channels).
+  const auto for_each_segment = [&](int64_t begin, int64_t end, auto visit) {
     run_tasks(p, (end - begin) * segments, executor, [&](int64_t i, int64_t channel_begin, int64_t channel_end) {
       const int64_t first = (begin + i / segments) * rows;
       const RowSpan span = probe_segment(rows, i % segments);
-      LayerProblem part = p;
-      part.accumulators = accumulators + (i * segment_rows - (first + span.begin)) * p.shape.out_channels;
-      visit(part, first, span, i % segments, channel_begin, channel_end);
+      int32_t* const held = p.held ? p.held + i * segment_rows * p.layout.columns() : nullptr;
+      visit(held_from(p, held, first + span.begin), first, span, i % segments, channel_begin, channel_end);
     });
   };
-  run_held(
-      p, a, samples,
-      [&](int64_t begin, int64_t end, int32_t* accumulators) {
-        for_each_segment(begin, end, accumulators, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t, int64_t c0, int64_t c1) {
-          run.accumulate(part, {first + span.begin, first + span.end, c0, c1});
+  run_exact(
+      p, ExactRange(p.shape, p.layout, a.strategy), a, samples,
+      [&](int64_t begin, int64_t end) {
+        for_each_segment(begin, end, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t, int64_t c0, int64_t c1) {
+          run.range(part, {first + span.begin, first + span.end, c0, c1});
         });
       },
       [&](float lo, float hi) {
         return probe_qparams(lo, hi, probes_whole(rows), a.predictor, a.activation, a.activation_min, a.activation_max, p.profile);
       },
-      [&](int64_t begin, int64_t end, int32_t* accumulators) {
-        for_each_segment(begin, end, accumulators, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t i, int64_t c0, int64_t c1) {
+      [&](int64_t begin, int64_t end) {
+        if (!p.held) return run_rows(p, run.quantized, begin * rows, end * rows, executor);
+        LayerProblem between = p;
+        between.held = nullptr;
+        for_each_segment(begin, end, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t i, int64_t c0, int64_t c1) {
           const int64_t before = i == 0 ? 0 : probe_segment(rows, i - 1).end;
-          if (before < span.begin) run.quantized(part, {first + before, first + span.begin, c0, c1});
-          kernels().layer_requantize(part, {first + span.begin, first + span.end, c0, c1});
-          if (i + 1 == segments && span.end < rows) run.quantized(part, {first + span.end, first + rows, c0, c1});
+          if (before < span.begin) run.quantized(between, {first + before, first + span.begin, c0, c1});
+          run.quantized(part, {first + span.begin, first + span.end, c0, c1});
+          if (i + 1 == segments && span.end < rows) run.quantized(between, {first + span.end, first + rows, c0, c1});
         });
       });
 }
@@ -216,7 +235,8 @@ void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a
 int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy) {
   if (strategy != Strategy::dynamic && strategy != Strategy::probe) return 0;
   check_layer_shape(shape);
-  return held_samples(shape, strategy) * (4 * held_rows(shape, strategy) * shape.out_channels + 2 * static_cast<int64_t>(sizeof(float)));
+  const PackedLayout layout(weight_shape(shape));
+  return ExactRange(shape, layout, strategy).workspace_bytes(layout);
 }
 
 std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows) {
@@ -245,8 +265,8 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.stats = a.y.stats;
   p.channel_stats = a.y.channel_stats;
   p.y_float = a.y_float;
-  p.accumulators = nullptr;
   p.range = nullptr;
+  p.held = nullptr;
 
   std::vector<SampleEpilogue> samples(static_cast<size_t>(shape.batch));
   parallel_for(executor, has_law(a.strategy) ? shape.batch : 1, [&](int64_t begin, int64_t end) {
@@ -275,7 +295,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
     return;
   }
   clear_stats(a.y, shape.batch, shape.out_channels);
-  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy) == 0, "conv2d: the dynamic strategy and the probe need a workspace");
+  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy) == 0, "conv2d: workspace is null, want conv2d_workspace_bytes bytes");
   if (a.strategy == Strategy::dynamic) {
     run_dynamic(p, run, a, samples, executor);
   } else if (a.strategy == Strategy::probe) {

@@ -68,6 +68,7 @@ struct PackedLayout {
         sums_offset(static_cast<int64_t>(sizeof(BlockHeader)) + steps * kStreamBytes),
         block_bytes(sums_offset + (segments > 1 ? segments * kStreamBytes : 0)) {}
 
+  int64_t columns() const { return trailer_offset() / block_bytes * kBlockChannels; }  ///< channels, those included that do not exist
   int64_t trailer_offset() const { return (depthwise ? 1 : groups) * group_blocks * block_bytes; }
   int64_t bytes() const { return trailer_offset() + static_cast<int64_t>(sizeof(PackedTrailer)); }
 

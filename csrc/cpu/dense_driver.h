@@ -36,6 +36,21 @@ constexpr int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t clamp_i(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
+/// Index of the block of a channel.
+inline int64_t block_of(const PackedLayout& layout, int64_t channel) {
+  return channel / layout.group_channels * layout.group_blocks + channel % layout.group_channels / kBlockChannels;
+}
+
+/// What is held of a range, in an order of the kernel's own. Ranges that form a grid do not overlap.
+inline int32_t* held_of(const LayerProblem& p, const LayerRange& r) {
+  if (!p.held) return nullptr;
+  return p.held + r.row_begin * p.layout.columns() + (r.row_end - r.row_begin) * block_of(p.layout, r.channel_begin) * kBlockChannels;
+}
+/// How much that is.
+inline int64_t held_values(const LayerProblem& p, const LayerRange& r) {
+  return (r.row_end - r.row_begin) * (block_of(p.layout, r.channel_end - 1) + 1 - block_of(p.layout, r.channel_begin)) * kBlockChannels;
+}
+
 /// Input bytes that follow each other for every row of a tile, and the weights they meet.
 struct Segment {
   int64_t x_offset;       ///< from the row's pointer
@@ -85,10 +100,12 @@ struct TileInput {
 
 class DenseDriver {
  public:
-  explicit DenseDriver(const LayerProblem& problem)
+  /// `reads_x`: not where the kernel has all sums already.
+  explicit DenseDriver(const LayerProblem& problem, bool reads_x)
       : p(problem),
         s(problem.shape),
         layout(problem.layout),
+        reads_x(reads_x),
         x_end(p.x + s.batch * s.in_height * s.in_width * s.in_channels),
         tap_y(s.dilation_height * s.in_width * s.in_channels),
         tap_x(s.dilation_width * s.in_channels),
@@ -132,7 +149,7 @@ class DenseDriver {
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
-    const int64_t first_block = block_index(range.channel_begin), last_block = block_index(range.channel_end - 1);
+    const int64_t first_block = block_of(layout, range.channel_begin), last_block = block_of(layout, range.channel_end - 1);
     for (group = first_block / layout.group_blocks; group <= last_block / layout.group_blocks; ++group) {
       const int64_t base = group * layout.group_blocks;
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
@@ -154,7 +171,7 @@ class DenseDriver {
             const int64_t blocks = min_i(b1 - b, max_i(Kernel::panel_blocks(b1 - b), together)), bytes = blocks * layout.block_bytes;
             const uint8_t* const block = p.packed_weight + (base + b) * layout.block_bytes;
             const uint8_t* ahead = block + bytes;
-            const uint8_t* const stop = b + blocks < b1 && !Kernel::kPrefetches ? ahead + bytes : ahead;
+            const uint8_t* const stop = b + blocks < b1 && !Kernel::kPrefetches && reads_x ? ahead + bytes : ahead;
             kernel.start_weights(block, blocks, end - begin);
             const int64_t share = ceil_div(bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
@@ -197,6 +214,7 @@ class DenseDriver {
   const LayerProblem& p;
   const Conv2dShape& s;
   const PackedLayout& layout;
+  const bool reads_x;
   alignas(64) int32_t partial[kTileRows * kPanelBlocks * kBlockChannels];
 
  private:
@@ -208,10 +226,6 @@ class DenseDriver {
   static int64_t interior_end(int64_t in, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation, int64_t begin, int64_t out) {
     const int64_t room = in + padding - (dilation * (kernel - 1) + 1);
     return room < 0 ? begin : clamp_i(room / stride + 1, begin, out);
-  }
-
-  int64_t block_index(int64_t channel) const {
-    return channel / layout.group_channels * layout.group_blocks + channel % layout.group_channels / kBlockChannels;
   }
 
   /// Rows between two ends of a chunk: their input, a panel and what is written stay in L2.
@@ -476,6 +490,7 @@ class DenseDriver {
 
   /// What all panels of a tile share.
   void prepare(const Tile& tile) {
+    if (!reads_x) return;
     direct = tile.pure && !reads_past_end(tile);
     input.segments = segments;
     input.rows = direct ? tile.x : table;
@@ -530,29 +545,6 @@ class DenseDriver {
   uint8_t zero_run[kTileRows][kPieceBytes];
   uint8_t copies[kCopyBytes];
 };
-
-/// Calls visit(row, sample, panel) for every row and panel of a range, and kernel.end_panel() and end_chunk() as DenseDriver does.
-template <class Kernel, class Visit>
-void for_each_row_panel(const LayerProblem& p, const LayerRange& range, Kernel& kernel, Visit visit) {
-  const PackedLayout& layout = p.layout;
-  const int64_t chunk = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
-  for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
-    const int64_t end = min_i(begin + chunk, range.row_end);
-    kernel.start_chunk(begin, end);
-    for (int64_t channel = range.channel_begin; channel < range.channel_end;) {
-      const int64_t group = channel / layout.group_channels, in_group = channel % layout.group_channels;
-      Panel panel;
-      panel.block = p.packed_weight + (group * layout.group_blocks + in_group / kBlockChannels) * layout.block_bytes;
-      panel.channel = channel;
-      panel.channels = min_i(min_i(kPanelBlocks * kBlockChannels, layout.group_channels - in_group), range.channel_end - channel);
-      panel.blocks = static_cast<int>((panel.channels + kBlockChannels - 1) / kBlockChannels);
-      for (int64_t row = begin; row < end; ++row) visit(row, row / p.rows_per_sample, panel);
-      kernel.end_panel();
-      channel += panel.channels;
-    }
-    kernel.end_chunk();
-  }
-}
 
 }  // namespace
 }  // namespace probquant

@@ -22,13 +22,14 @@ struct LayerProblem {
   Activation activation;
   float activation_min, activation_max;
   ProfileSpan profile;            ///< of the packed weight
-  const SampleEpilogue* samples;  ///< one per sample; of `accumulate`, with an output scale of 1
+  const SampleEpilogue* samples;  ///< one per sample; of `range`, with an output scale of 1
   uint8_t* y;                     ///< [rows, out_channels]
   int64_t* stats;                 ///< zeroed by the front end; kernels add to it atomically
   bool channel_stats;
   float* y_float;                 ///< to_float
-  int32_t* accumulators;          ///< accumulate writes it, layer_requantize reads it: [rows, out_channels]
-  float* range;                   ///< accumulate: [samples][2], minimum and maximum of output_value
+  float* range;                   ///< [samples][2], minimum and maximum of output_value
+  int32_t* held;                  ///< null, or layout.columns() values per row, which `range` leaves for `quantized`
+
 
   explicit LayerProblem(const Conv2dShape& s) : shape(s), layout(weight_shape(s)) {}
   /// Whether a clamp's bounds over the profile differ between channels: 0 and infinity do not.
@@ -128,16 +129,16 @@ struct LayerKernels {
   LayerKernel quantized;
   /// Strategy::none: writes layer_value to y_float.
   LayerKernel to_float;
-  /// Strategy::dynamic, first pass: int32 accumulators (zero-point corrected) and the range of output_value.
-  LayerKernel accumulate;
+  /// The first pass where an exact range is wanted, `quantized` being the second: widens the samples' ranges by output_value, NaNs passed
+  /// over. Where `held` is set (never of a depthwise layer), it leaves there what the same range of `quantized` takes instead of products.
+  LayerKernel range;
 };
 
 struct Kernels {
   const char* name;
   LayerKernels dense;      ///< linear layers and convolutions, grouped ones included
   LayerKernels depthwise;  ///< PackedLayout::depthwise
-  /// Strategy::dynamic, second pass: requantizes the accumulators. As `quantized`, from memory.
-  LayerKernel layer_requantize;
+  int64_t macs_per_clock;  ///< of dense layers, about: whether sums are held or computed twice
   /// Adds the patch sums of one sample's fields, sampled at every gamma-th position in each direction, to
   /// sums[group] (per_group) or sums[0].
   void (*patch_sums)(const Conv2dShape& shape, const uint8_t* x_sample, int32_t zero_point, int64_t gamma, bool per_group, PatchSums* sums);

@@ -60,21 +60,13 @@ void count_code(Code code, int64_t channel, int64_t channels, bool channel_stats
   }
 }
 
-template <class Accumulator>
-void quantize_outputs(const LayerProblem& p, const LayerRange& range, Accumulator accumulator) {
+void layer_quantized(const LayerProblem& p, const LayerRange& range) {
   for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
-    const Code code = requantize(accumulator(row, channel, at), c, residual, p.samples[sample], p.activation, p.residual != nullptr);
+    const int32_t sum = p.held ? p.held[row * p.layout.columns() + channel] : accumulate(p, row, channel);
+    const Code code = requantize(sum, c, residual, p.samples[sample], p.activation, p.residual != nullptr);
     p.y[at] = code.q;
     count_code(code, channel, p.shape.out_channels, p.channel_stats, p.stats_row(sample));
   });
-}
-
-void layer_quantized(const LayerProblem& p, const LayerRange& range) {
-  quantize_outputs(p, range, [&](int64_t row, int64_t channel, int64_t) { return accumulate(p, row, channel); });
-}
-
-void layer_requantize(const LayerProblem& p, const LayerRange& range) {
-  quantize_outputs(p, range, [&](int64_t, int64_t, int64_t at) { return p.accumulators[at]; });
 }
 
 void layer_float(const LayerProblem& p, const LayerRange& range) {
@@ -84,11 +76,12 @@ void layer_float(const LayerProblem& p, const LayerRange& range) {
   });
 }
 
-void layer_accumulate(const LayerProblem& p, const LayerRange& range) {
-  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t at, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
-    p.accumulators[at] = accumulate(p, row, channel);
-    const float y = output_value(p.accumulators[at], c, residual, p.samples[sample], p.activation, p.residual != nullptr);
-    atomic_widen(p.range + 2 * sample, y, y);
+void layer_range(const LayerProblem& p, const LayerRange& range) {
+  for_each_output(p, range, [&](int64_t row, int64_t channel, int64_t, const ChannelEpilogue& c, int32_t residual, int64_t sample) {
+    const int32_t sum = accumulate(p, row, channel);
+    if (p.held) p.held[row * p.layout.columns() + channel] = sum;
+    const float y = output_value(sum, c, residual, p.samples[sample], p.activation, p.residual != nullptr);
+    if (y == y) atomic_widen(p.range + 2 * sample, y, y);
   });
 }
 
@@ -321,8 +314,8 @@ void attention(const AttentionProblem& p, int64_t image, int64_t begin, int64_t 
 }  // namespace
 
 const Kernels kReferenceKernels = {
-    "reference",      {layer_quantized, layer_float, layer_accumulate}, {layer_quantized, layer_float, layer_accumulate},
-    layer_requantize, patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add, mul_range, mul,
+    "reference",      {layer_quantized, layer_float, layer_range}, {layer_quantized, layer_float, layer_range},
+    1,                patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add, mul_range, mul,
     window_max,       window_sums, average_range, average, layer_norm, attention_pack, attention};
 
 void atomic_widen(float* range, float lo, float hi) {

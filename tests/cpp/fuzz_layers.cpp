@@ -147,19 +147,17 @@ void fill_codes(Random& r, uint8_t* q, int64_t count) {
 
 /// One output of a run, with everything a kernel may change.
 struct Result {
-  Buffer y, y_float, accumulators, stats, range;
+  Buffer y, y_float, stats, range;
   Result(int64_t values, int64_t samples, int64_t columns)
-      : y(values), y_float(values * 4), accumulators(values * 4), stats(samples * columns * 8), range(samples * 8) {
+      : y(values), y_float(values * 4), stats(samples * columns * 8), range(samples * 8) {
     std::memset(y.data(), 0x5a, static_cast<size_t>(y.bytes()));
     std::memset(y_float.data(), 0x5a, static_cast<size_t>(y_float.bytes()));
-    std::memset(accumulators.data(), 0x5a, static_cast<size_t>(accumulators.bytes()));
     std::memset(stats.data(), 0, static_cast<size_t>(stats.bytes()));
     for (int64_t n = 0; n < samples; ++n) range.data<float>()[2 * n] = kInfinity, range.data<float>()[2 * n + 1] = -kInfinity;
   }
   void attach(LayerProblem& p) const {
     p.y = y.data();
     p.y_float = y_float.data<float>();
-    p.accumulators = accumulators.data<int32_t>();
     p.stats = stats.data<int64_t>();
     p.range = range.data<float>();
   }
@@ -184,12 +182,11 @@ bool compare(const char* what, const Buffer& a, const Buffer& b) {
 }
 
 bool compare(const Result& a, const Result& b) {
-  return compare<uint8_t>("y", a.y, b.y) && compare<float>("y_float", a.y_float, b.y_float) && compare<int32_t>("accumulators", a.accumulators, b.accumulators) &&
-         compare<int64_t>("stats", a.stats, b.stats) && compare<float>("range", a.range, b.range);
+  return compare<uint8_t>("y", a.y, b.y) && compare<float>("y_float", a.y_float, b.y_float) && compare<int64_t>("stats", a.stats, b.stats) && compare<float>("range", a.range, b.range);
 }
 
-/// Runs a kernel over random parts that cover the layer.
-void run_split(Random& r, const LayerProblem& p, LayerKernel kernel, bool split) {
+/// Random parts that cover the layer.
+std::vector<LayerRange> random_parts(Random& r, const LayerProblem& p, bool split) {
   const int64_t rows = p.shape.batch * p.rows_per_sample, channels = p.shape.out_channels;
   std::vector<int64_t> row_cuts{0}, channel_cuts{0};
   while (row_cuts.back() < rows) row_cuts.push_back(split && r.one_in(2) ? r.between(row_cuts.back() + 1, rows) : rows);
@@ -201,8 +198,10 @@ void run_split(Random& r, const LayerProblem& p, LayerKernel kernel, bool split)
     }
     channel_cuts.push_back(next);
   }
+  std::vector<LayerRange> parts;
   for (size_t i = 0; i + 1 < row_cuts.size(); ++i)
-    for (size_t j = 0; j + 1 < channel_cuts.size(); ++j) kernel(p, {row_cuts[i], row_cuts[i + 1], channel_cuts[j], channel_cuts[j + 1]});
+    for (size_t j = 0; j + 1 < channel_cuts.size(); ++j) parts.push_back({row_cuts[i], row_cuts[i + 1], channel_cuts[j], channel_cuts[j + 1]});
+  return parts;
 }
 
 bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
@@ -225,8 +224,9 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   const int64_t largest = r.one_in(3) ? 64 : 127;  // up to 64, no two products of bytes overflow 16 bits
   for (int8_t& w : weight) w = static_cast<int8_t>(extreme ? r.pick<int64_t>({-largest, largest}) : r.between(-largest, largest));
   std::vector<float> scale(static_cast<size_t>(s.out_channels)), bias(static_cast<size_t>(s.out_channels));
-  for (float& v : scale) v = r.one_in(50) ? 0.0f : r.uniform(0.0005f, 0.02f);
-  for (float& v : bias) v = r.uniform(-1.0f, 1.0f);
+  const bool wild = r.one_in(20);
+  for (float& v : scale) v = r.one_in(50) ? 0.0f : wild && r.one_in(8) ? r.pick({-0.01f, 1e30f, kInfinity, -kInfinity, kNan}) : r.uniform(0.0005f, 0.02f);
+  for (float& v : bias) v = wild && r.one_in(8) ? r.pick({1e38f, kInfinity, -kInfinity, kNan}) : r.uniform(-1.0f, 1.0f);
   const bool profiled = r.one_in(2);
   std::vector<float> profile(scale.size(), 1.0f);
   if (profiled)
@@ -252,28 +252,36 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   }
 
   const int64_t columns = stats_columns(s.out_channels, p.channel_stats);
-  const auto run = [&](const Kernels& k, const Result& fused, const Result& dynamic, bool split) {
+  const Buffer held(p.layout.depthwise ? 0 : s.batch * p.rows_per_sample * p.layout.columns() * 4);
+  const auto run = [&](const Kernels& k, const Result& fused, const Result& dynamic, bool split, bool holds) {
+    const auto run_split = [&](LayerKernel kernel) {
+      for (const LayerRange& part : random_parts(r, p, split)) kernel(p, part);
+    };
+    p.held = nullptr;
     const LayerKernels& layer = p.layout.depthwise ? k.depthwise : k.dense;
     p.samples = samples.data();
     fused.attach(p);
-    run_split(r, p, layer.quantized, split);
+    run_split(layer.quantized);
     p.samples = inputs.data();
-    run_split(r, p, layer.to_float, split);
+    run_split(layer.to_float);
     dynamic.attach(p);
     p.samples = units.data();
-    run_split(r, p, layer.accumulate, split);
+    const std::vector<LayerRange> parts = random_parts(r, p, split);
+    if (holds) p.held = held.data<int32_t>();
+    for (size_t i = 0; i < parts.size(); ++i) layer.range(p, parts[i]);
     p.samples = samples.data();
-    run_split(r, p, k.layer_requantize, split);
+    for (size_t i = parts.size(); i-- > 0;) layer.quantized(p, parts[i]);
   };
   const Result expected(values, s.batch, columns), expected_dynamic(values, s.batch, columns);
-  run(kReferenceKernels, expected, expected_dynamic, false);
+  run(kReferenceKernels, expected, expected_dynamic, false, !p.layout.depthwise && r.one_in(2));
   for (const Kernels& table : all) {
     const Result got(values, s.batch, columns), got_dynamic(values, s.batch, columns);
-    run(table, got, got_dynamic, r.one_in(2));
-    if (compare(expected, got) && compare(expected_dynamic, got_dynamic)) continue;
-    std::printf("%s differs from the reference: batch %ld, in %ld x %ld x %ld, out %ld x %ld x %ld, kernel %ld x %ld, stride %ld %ld, padding %ld %ld %ld %ld, "
+    const bool holds = !p.layout.depthwise && r.one_in(2);
+    run(table, got, got_dynamic, r.one_in(2), holds);
+    if (compare(expected, got) && compare(expected_dynamic, got_dynamic) && held.guard_intact()) continue;
+    std::printf("%s%s differs from the reference: batch %ld, in %ld x %ld x %ld, out %ld x %ld x %ld, kernel %ld x %ld, stride %ld %ld, padding %ld %ld %ld %ld, "
                 "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d, profile %d, channel_stats %d\n",
-                table.name, s.batch, s.in_height, s.in_width, s.in_channels, p.out_height, p.out_width, s.out_channels, s.kernel_height, s.kernel_width,
+                table.name, holds ? ", holding sums," : "", s.batch, s.in_height, s.in_width, s.in_channels, p.out_height, p.out_width, s.out_channels, s.kernel_height, s.kernel_width,
                 s.stride_height, s.stride_width, s.padding_top, s.padding_bottom, s.padding_left, s.padding_right, s.dilation_height, s.dilation_width, s.groups,
                 static_cast<int>(p.activation), static_cast<double>(p.activation_min), static_cast<double>(p.activation_max), has_residual, profiled, p.channel_stats);
     return false;

@@ -18,6 +18,7 @@
 #include "tiles.h"
 
 #include <cstdlib>
+#include <new>
 #include <type_traits>
 
 namespace probquant {
@@ -39,10 +40,10 @@ __attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t bl
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_load_si512(sums + i * kRowSums + j * kBlockChannels);
+      for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(sums + (i * kBlocks + j) * kBlockChannels);
     to.template rows<0>(acc);
     to.skip(kRows);
-    sums += kRows * kRowSums;
+    sums += kRows * kBlocks * kBlockChannels;
   };
   int left = rows;
   for (; left >= 4; left -= 4) next(std::integral_constant<int, 4>{});
@@ -62,7 +63,8 @@ struct Pending {
   int left = 0;  ///< rows
   RowsEpilogue epilogue;
   int64_t block_bytes;
-  const int32_t* sums;
+  const int32_t* sums;  ///< [blocks * 16] per row
+  int64_t row_sums;     ///< blocks * 16
   TileOutput out;
   int64_t row[kTileRows];
   const SampleConstants* samples[kTileRows];
@@ -74,7 +76,7 @@ struct Pending {
     if (rows == 0) return;
     epilogue(out, block_bytes, sums, rows);
     left -= rows;
-    sums += rows * kRowSums;
+    sums += rows * row_sums;
     out.row += rows;
     if (!out.counters) return;
     out.samples += rows;
@@ -120,10 +122,11 @@ class AmxKernel : public DenseEpilogue {
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kTileBlocks)); }
 
-  AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part)
-      : DenseEpilogue(owner.p, kind),
+  AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part, const LayerRange& range)
+      : DenseEpilogue(owner.p, kind, kind == Output::floats ? nullptr : held_of(owner.p, range)),
         weights_in_cache(panel_in_l1(owner.p.layout) ? 16 << 10 : 1 << 20),
         weights_together(panel_in_l1(owner.p.layout) ? 0 : 384 << 10),
+        held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
         tile_steps(steps_of_tile(owner.p.layout.segment_taps > 1 ? owner.p.layout.steps : owner.p.layout.segment_steps)),
@@ -160,20 +163,25 @@ class AmxKernel : public DenseEpilogue {
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
-    segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
-      segments_complete = last && !in.partial;
-      if (!in.partial) start_sums(in, tile);
-      multiply(in, tile);
-    });
-    finish_pending();
-    store_sums(tile, segments.partial);
+    int32_t* const sums = held ? held : segments.partial;
+    if (!held || output != Output::codes) {
+      segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
+        segments_complete = last && !in.partial;
+        if (!in.partial) start_sums(in, tile);
+        multiply(in, tile);
+      });
+      finish_pending();
+      store_sums(tile, sums, segments.partial);
+    }
+    if (held) held += tile.rows * panel.blocks * kBlockChannels;
+    if (output == Output::range) return widen_ranges(tile, panel, sums);
     const bool writes_codes = output == Output::codes;
     if (at_once) {
-      start_pending(tile, panel, segments.partial);
-      if (!p.channel_stats) return;
+      start_pending(tile, panel, sums);
+      if (!p.channel_stats && !held) return;
       finish_pending();
     } else {
-      finish(tile.row, tile.sample, tile.rows, segments.partial, kRowSums, panel);
+      finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
     }
     if (p.channel_stats && writes_codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
   }
@@ -224,10 +232,19 @@ class AmxKernel : public DenseEpilogue {
     if (parts > 1 && blocks > 1) load_tile<3>(second + kBlockChannels, bytes);
   }
 
-  /// Rows beyond a part's own are overwritten by the next part, or nobody's.
-  void store_sums(const Tile& tile, int32_t* to) const {
-    constexpr int64_t bytes = kRowSums * sizeof(int32_t);
-    int32_t* second = to + tile.part * kRowSums;
+  /// Rows beyond a part's own are overwritten by the next part, or nobody's: of what is held, by the next tile. Where that is another
+  /// range's, sums take a detour.
+  void store_sums(const Tile& tile, int32_t* to, int32_t* detour) const {
+    const int64_t width = blocks * kBlockChannels, bytes = width * static_cast<int64_t>(sizeof(int32_t));
+    if (held && to + (second_row + part_rows) * width > held_end) {
+      store_sums_at(tile, detour, width, bytes);
+      __builtin_memcpy(to, detour, static_cast<size_t>(tile.rows * bytes));
+    } else {
+      store_sums_at(tile, to, width, bytes);
+    }
+  }
+  void store_sums_at(const Tile& tile, int32_t* to, int64_t width, int64_t bytes) const {
+    int32_t* second = to + tile.part * width;
     store_tile<0>(to, bytes);
     if (blocks > 1) store_tile<1>(to + kBlockChannels, bytes);
     if (parts > 1) store_tile<2>(second, bytes);
@@ -323,6 +340,7 @@ class AmxKernel : public DenseEpilogue {
     pending.left = tile.rows;
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
+    pending.row_sums = panel.blocks * kBlockChannels;
     const SampleConstants& first = *samples[0];
     pending.epilogue = (!tile.one_sample            ? kRowsEpilogues<false, true, Clamp::any>
                         : p.residual != nullptr     ? kRowsEpilogues<true, true, Clamp::any>
@@ -341,6 +359,7 @@ class AmxKernel : public DenseEpilogue {
     pending.finish_rows(pending.left);
   }
 
+  int32_t* const held_end;
   const DenseDriver& driver;
   const int64_t part_rows, tile_steps, gathered_steps;
   const bool joined;  ///< segments are a few bytes, and several of them fill a tile
@@ -362,9 +381,9 @@ class AmxKernel : public DenseEpilogue {
 };
 
 void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output) {
-  DenseDriver driver(p);
+  DenseDriver driver(p, !(p.held && output == Output::codes));
   const int64_t longest_part = driver.make_parts(range);
-  AmxKernel kernel(driver, output, longest_part);
+  AmxKernel kernel(driver, output, longest_part, range);
   driver.run(range, kernel);
 }
 
@@ -382,7 +401,8 @@ struct Scratch {
     std::free(data);
     bytes = 0;
     data = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(wanted, 64) * 64)));
-    if (data) bytes = wanted;
+    if (!data) throw std::bad_alloc();
+    bytes = wanted;
     return data;
   }
 };
@@ -413,7 +433,7 @@ uint8_t* copy_padded(const LayerProblem& p, int64_t sample, int64_t begin, int64
 }
 
 /// Rows [begin, end) of the layer, which are whole samples or lie in one, on a copy of their input that has its padding.
-bool run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
+void run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
   const Conv2dShape& s = p.shape;
   const int64_t rows = p.rows_per_sample, sample = range.row_begin / rows, samples = ceil_div(range.row_end, rows) - sample;
   const int64_t first = samples > 1 ? 0 : range.row_begin % rows / p.out_width;
@@ -424,20 +444,21 @@ bool run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
   q.shape.in_height = y1 - y0;
   q.shape.in_width = s.in_width + s.padding_left + s.padding_right;
   q.shape.padding_top = q.shape.padding_bottom = q.shape.padding_left = q.shape.padding_right = 0;
-  uint8_t* to = padded_scratch.at_least(samples * q.shape.in_height * q.shape.in_width * s.in_channels);
-  if (!to) return false;
-  q.x = to;
-  for (int64_t n = sample; n < sample + samples; ++n) to = copy_padded(p, n, y0, y1, to);
+  if (!p.held || output != Output::codes) {
+    uint8_t* to = padded_scratch.at_least(samples * q.shape.in_height * q.shape.in_width * s.in_channels);
+    q.x = to;
+    for (int64_t n = sample; n < sample + samples; ++n) to = copy_padded(p, n, y0, y1, to);
+  }
   q.out_height = last - first;
   q.rows_per_sample = q.out_height * p.out_width;
   const int64_t before = sample * rows + first * p.out_width, values = before * s.out_channels;  // rows before the first of q's
   q.samples += sample;
   if (output == Output::codes) q.y += values, q.stats = p.stats_row(sample);
   if (output == Output::floats) q.y_float += values;
-  if (output == Output::accumulators) q.accumulators += values, q.range += 2 * sample;
+  if (output == Output::range) q.range += 2 * sample;
+  if (q.held) q.held += before * p.layout.columns();
   if (q.residual) q.residual += values;
   run_unpadded(q, {range.row_begin - before, range.row_end - before, range.channel_begin, range.channel_end}, output);
-  return true;
 }
 
 /// Tiles load x from where it lies, so a layer with padding works on copies of a few samples, or of some lines of one.
@@ -457,17 +478,20 @@ void run(const LayerProblem& p, const LayerRange& range, Output output) {
       end = min_i(row / rows * rows + min_i(rows, (row % rows / p.out_width + most) * p.out_width), range.row_end);
     }
     const LayerRange part{row, end, range.channel_begin, range.channel_end};
-    if (!run_padded(p, part, output)) run_unpadded(p, part, output);
+    run_padded(p, part, output);
     row = end;
   }
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
 void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
-void accumulate(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
+void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::range); }
 
 }  // namespace
 
-void install_dense_amx(Kernels& table) { table.dense = {quantized, to_float, accumulate}; }
+void install_dense_amx(Kernels& table) {
+  table.dense = {quantized, to_float, find_range};
+  table.macs_per_clock = 1024;
+}
 
 }  // namespace probquant

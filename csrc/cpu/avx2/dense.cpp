@@ -20,7 +20,7 @@
 namespace probquant {
 namespace {
 
-enum class Output { codes, floats, accumulators };
+enum class Output { codes, floats, range };
 
 constexpr int64_t kPieceInputs = 256;
 constexpr int64_t kPanelChannels = kPanelBlocks * kBlockChannels;
@@ -338,7 +338,35 @@ class DenseKernel {
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kPanelBlocks)); }
 
-  DenseKernel(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels), profiled_bounds(problem.profiled_bounds()), weights(problem.layout) {}
+  DenseKernel(const LayerProblem& problem, Output kind, const LayerRange& of)
+      : p(problem),
+        output(kind),
+        channels(problem.shape.out_channels),
+        profiled_bounds(problem.profiled_bounds()),
+        held(kind == Output::floats ? nullptr : held_of(problem, of)),
+        range(of),
+        weights(problem.layout) {}
+
+  /// `quantized` of what is held, [rows][channels] of the range.
+  void finish_held() {
+    const int64_t chunk = min_i(kChunkRows, kChunkSamples * p.rows_per_sample);
+    for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
+      const int64_t end = min_i(begin + chunk, range.row_end);
+      start_chunk(begin, end);
+      for (int64_t channel = range.channel_begin; channel < range.channel_end;) {
+        const int64_t in_group = channel % p.layout.group_channels;
+        Panel panel;
+        panel.block = p.packed_weight + p.layout.block_offset(channel);
+        panel.channel = channel;
+        panel.channels = min_i(min_i(kPanelBlocks * kBlockChannels, p.layout.group_channels - in_group), range.channel_end - channel);
+        panel.blocks = static_cast<int>((panel.channels + kBlockChannels - 1) / kBlockChannels);
+        for (int64_t row = begin; row < end; ++row) finish_rows(&row, 1, row / p.rows_per_sample, held_at(row, channel), 0, panel);
+        channel += panel.channels;
+      }
+      end_chunk();
+    }
+  }
+
 
   /// The weights that tiles of `rows` rows will meet until the next call, of neighbouring blocks.
   void start_weights(const uint8_t* block, int64_t blocks, int64_t rows) { weights.set(block, blocks, rows); }
@@ -369,7 +397,7 @@ class DenseKernel {
       for (; c + 32 <= panel.channels; c += 32)
         p.residual ? plain_columns<true>(row, rows, acc + c, stride, panel.channel + c, c) : plain_columns<false>(row, rows, acc + c, stride, panel.channel + c, c);
     if (c < panel.channels)
-      for (int i = 0; i < rows; ++i) finish_channels(row[i] * channels + panel.channel, p.samples[sample], acc + i * stride, panel, c);
+      for (int i = 0; i < rows; ++i) finish_channels(row[i], p.samples[sample], acc + i * stride, panel, c);
     if (!p.channel_stats || output != Output::codes) return;
     int64_t* stats = stats_row(sample) + kStatsSample + panel.channel;
     for (int i = 0; i < rows; ++i) add_channel_moments(p.y + row[i] * channels + panel.channel, 1, panel.channels, channels, stats, stats + channels);
@@ -387,6 +415,10 @@ class DenseKernel {
 
  private:
   int64_t* stats_row(int64_t sample) const { return p.stats + sample * (kStatsSample + (p.channel_stats ? 2 * channels : 0)); }
+
+  int32_t* held_at(int64_t row, int64_t channel) const {
+    return held + (row - range.row_begin) * (range.channel_end - range.channel_begin) + channel - range.channel_begin;
+  }
 
   /// multiplier * accumulator + bias, plus the residual, of 8 channels; `left` exist.
   __m256 value(__m256i acc, int64_t at, int64_t c, int64_t left) const {
@@ -434,9 +466,11 @@ class DenseKernel {
     vectors += rows;
   }
 
-  /// The channels of one row from `c` on; `at` is the panel's first output.
-  void finish_channels(int64_t at, const SampleEpilogue& e, const int32_t* acc, const Panel& panel, int64_t c) {
+  /// The channels of one row from `c` on.
+  void finish_channels(int64_t row, const SampleEpilogue& e, const int32_t* acc, const Panel& panel, int64_t c) {
+    const int64_t at = row * channels + panel.channel;
     if (output != Output::codes) {
+      if (held) __builtin_memcpy(held_at(row, panel.channel + c), acc + c, static_cast<size_t>(panel.channels - c) * sizeof(int32_t));
       for (; c < panel.channels; c += 8) finish_value(e, at + c, acc, panel, c);
       return;
     }
@@ -483,7 +517,7 @@ class DenseKernel {
     return keep_bytes(narrow(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3])), present);
   }
 
-  /// 8 channels: stores layer_value(), or the accumulators and the range of output_value().
+  /// 8 channels: stores layer_value(), or widens the range by output_value().
   void finish_value(const SampleEpilogue& e, int64_t at, const int32_t* accumulators, const Panel& panel, int64_t c) {
     const int64_t left = panel.channels - c;
     const __m256i acc = load_lanes(accumulators + c, left);
@@ -493,7 +527,6 @@ class DenseKernel {
       return store_lanes(reinterpret_cast<int32_t*>(p.y_float + at), _mm256_castps_si256(y), left);
     }
     const __m256 y = output_values(e, acc, at, panel, c, left);
-    store_lanes(p.accumulators + at, acc, left);
     __m256 low = y, high = y;
     if (left < 8) {
       const __m256 exists = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
@@ -502,7 +535,6 @@ class DenseKernel {
     }
     range_lo = _mm256_min_ps(low, range_lo);
     range_hi = _mm256_max_ps(high, range_hi);
-    range_nan = _mm256_or_ps(range_nan, _mm256_cmp_ps(low, low, _CMP_UNORD_Q));
   }
 
   /// Hands over what was gathered of the sample before.
@@ -512,7 +544,7 @@ class DenseKernel {
       sums.flush(counter[kStatsSum], counter[kStatsSquares]);
       counter[kStatsClipped] += clipped + sum_epu32(clipped_lanes);
     }
-    if (current_sample >= 0 && output == Output::accumulators) {
+    if (current_sample >= 0 && output == Output::range) {
       alignas(32) float lo[8], hi[8];
       _mm256_store_ps(lo, range_lo);
       _mm256_store_ps(hi, range_hi);
@@ -520,13 +552,12 @@ class DenseKernel {
         lo[0] = lo[i] < lo[0] ? lo[i] : lo[0];
         hi[0] = hi[i] > hi[0] ? hi[i] : hi[0];
       }
-      atomic_widen(p.range + 2 * current_sample, _mm256_movemask_ps(range_nan) ? __builtin_nanf("") : lo[0], hi[0]);
+      atomic_widen(p.range + 2 * current_sample, lo[0], hi[0]);
     }
     clipped = vectors = 0;
     clipped_lanes = _mm256_setzero_si256();
     range_lo = _mm256_set1_ps(__builtin_inff());
     range_hi = _mm256_set1_ps(-__builtin_inff());
-    range_nan = _mm256_setzero_ps();
     current_sample = sample;
   }
 
@@ -534,6 +565,8 @@ class DenseKernel {
   const Output output;
   const int64_t channels;
   const bool profiled_bounds;
+  int32_t* const held;
+  const LayerRange range;
   Weights weights;
   TileMultiplier multiply;
   PanelConstants constants;
@@ -545,32 +578,26 @@ class DenseKernel {
   CodeSums sums;
   __m256i clipped_lanes;
   int64_t clipped = 0, vectors = 0;
-  __m256 range_lo, range_hi, range_nan;
+  __m256 range_lo, range_hi;
 };
 
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
-  DenseKernel kernel(p, output);
+  DenseKernel kernel(p, output, range);
+  if (output == Output::codes && p.held) return kernel.finish_held();
   if (Winograd::covers(p, range)) return Winograd(p).run(range, kernel);
-  DenseDriver driver(p);
+  DenseDriver driver(p, true);
   driver.run(range, kernel);
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
 void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
-void accumulate(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
-
-void requantize(const LayerProblem& p, const LayerRange& range) {
-  DenseKernel kernel(p, Output::codes);
-  for_each_row_panel(p, range, kernel, [&](int64_t row, int64_t sample, const Panel& panel) {
-    kernel.finish_rows(&row, 1, sample, p.accumulators + row * p.shape.out_channels + panel.channel, 0, panel);
-  });
-}
+void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::range); }
 
 }  // namespace
 
 void install_dense_avx2(Kernels& table) {
-  table.dense = {quantized, to_float, accumulate};
-  table.layer_requantize = requantize;
+  table.dense = {quantized, to_float, find_range};
+  table.macs_per_clock = 32;
 }
 
 }  // namespace probquant

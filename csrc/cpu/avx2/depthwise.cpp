@@ -240,11 +240,11 @@ struct Floats {
   void finish(Work&) {}
 };
 
-struct Accumulators {
+struct Range {
   Work& w;
-  __m256 lo = _mm256_set1_ps(kInfinity), hi = _mm256_set1_ps(-kInfinity), nan = _mm256_setzero_ps();
+  __m256 lo = _mm256_set1_ps(kInfinity), hi = _mm256_set1_ps(-kInfinity);
   __m256 exists[2];  ///< the lanes that are channels
-  explicit Accumulators(Work& work) : w(work), exists{lanes_of(work.half_mask(0)), lanes_of(work.half_mask(1))} {}
+  explicit Range(Work& work) : w(work), exists{lanes_of(work.half_mask(0)), lanes_of(work.half_mask(1))} {}
 
   template <int T>
   void columns(const __m256i (&acc)[T][2], int64_t at, int64_t step) {
@@ -256,17 +256,13 @@ struct Accumulators {
     for (int i = 0; i < 2; ++i) {
       lo = _mm256_min_ps(_mm256_blendv_ps(lo, y[i], exists[i]), lo);
       hi = _mm256_max_ps(_mm256_blendv_ps(hi, y[i], exists[i]), hi);
-      nan = _mm256_or_ps(nan, _mm256_and_ps(exists[i], _mm256_cmp_ps(y[i], y[i], _CMP_UNORD_Q)));
     }
-    __m256i sums[2] = {acc[0], acc[1]};
-    store_dwords(w.p.accumulators, at, w.g.channels, sums);
   }
   void end_strip(int64_t) {}
   void finish(Work& work) {
     float low, high;
     reduce_range(lo, hi, &low, &high);
-    if (_mm256_movemask_ps(nan)) work.lo = kNan;
-    else if (work.lo == work.lo) work.lo = low < work.lo ? low : work.lo;  // a NaN stays
+    work.lo = low < work.lo ? low : work.lo;
     work.hi = high > work.hi ? high : work.hi;
   }
 };
@@ -456,9 +452,9 @@ void to_float(const LayerProblem& p, const LayerRange& range) {
   for_each_group(p, range, start_values, run_rectangle<Floats>, [](Work&) {});
 }
 
-void accumulate_range(const LayerProblem& p, const LayerRange& range) {
-  if (!covers(p)) return kReferenceKernels.depthwise.accumulate(p, range);
-  for_each_group(p, range, start_outputs, run_rectangle<Accumulators>, [&](Work& w) {
+void find_range(const LayerProblem& p, const LayerRange& range) {
+  if (!covers(p)) return kReferenceKernels.depthwise.range(p, range);
+  for_each_group(p, range, start_outputs, run_rectangle<Range>, [&](Work& w) {
     atomic_widen(p.range + 2 * (w.s - p.samples), w.lo, w.hi);
     w.lo = kInfinity;
     w.hi = -kInfinity;
@@ -467,6 +463,6 @@ void accumulate_range(const LayerProblem& p, const LayerRange& range) {
 
 }  // namespace
 
-void install_depthwise_avx2(Kernels& table) { table.depthwise = {quantized, to_float, accumulate_range}; }
+void install_depthwise_avx2(Kernels& table) { table.depthwise = {quantized, to_float, find_range}; }
 
 }  // namespace probquant

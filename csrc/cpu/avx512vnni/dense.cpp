@@ -168,39 +168,48 @@ class DenseKernel : public DenseEpilogue {
   using DenseEpilogue::DenseEpilogue;
 
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
-    driver.accumulate(tile, panel, [&](const TileInput& in, bool last) {
-      if (!last || !at_once) return kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, driver.partial);
+    int32_t* const sums = held ? held : driver.partial;
+    const auto compute = [&](const TileInput& in, bool last) {
+      if (!last || !at_once) return kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, last ? sums : driver.partial);
       const TileOutput out{panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, tile.row, channels, p.y + panel.channel,
                            p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
       (tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles)[panel.blocks - 1][tile.rows - 1](in, out);
-    });
-    if (!at_once) finish(tile.row, tile.sample, tile.rows, driver.partial, panel.blocks * kBlockChannels, panel);
+    };
+    if (output == Output::codes && held) {
+      if (at_once) compute(known_sums(panel, sums, p.layout.block_bytes), true);
+    } else {
+      driver.accumulate(tile, panel, compute);
+    }
+    if (held) held += tile.rows * panel.blocks * kBlockChannels;
+    if (output == Output::range) return widen_ranges(tile, panel, sums);
+    if (!at_once) finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
     if (p.channel_stats && output == Output::codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
+  }
+
+ private:
+  /// Sums that are held, as what a register tile goes on from.
+  static TileInput known_sums(const Panel& panel, const int32_t* sums, int64_t block_bytes) {
+    static constexpr int32_t zero = 0;
+    return {nullptr, 0, nullptr, 0, nullptr, block_bytes, panel.block + offsetof(BlockHeader, weight_sum), block_bytes, &zero, true, sums};
   }
 };
 
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
-  DenseDriver driver(p);
-  DenseKernel kernel(p, output);
+  int32_t* const held = output == Output::floats ? nullptr : held_of(p, range);
+  DenseDriver driver(p, !(held && output == Output::codes));
+  DenseKernel kernel(p, output, held);
   driver.run(range, kernel);
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
 void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
-void accumulate(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::accumulators); }
-
-void requantize(const LayerProblem& p, const LayerRange& range) {
-  DenseKernel kernel(p, Output::codes);
-  for_each_row_panel(p, range, kernel, [&](int64_t row, int64_t sample, const Panel& panel) {
-    kernel.finish_row(row, sample, p.accumulators + row * p.shape.out_channels + panel.channel, panel);
-  });
-}
+void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::range); }
 
 }  // namespace
 
 void install_dense_avx512vnni(Kernels& table) {
-  table.dense = {quantized, to_float, accumulate};
-  table.layer_requantize = requantize;
+  table.dense = {quantized, to_float, find_range};
+  table.macs_per_clock = 128;
 }
 
 }  // namespace probquant

@@ -1,6 +1,6 @@
 // The epilogue of dense layers in AVX-512, for what multiplies with its own vectors and for AMX: the tile's own, which requantizes
-// 4 rows at a time, and one from memory for everything else (curved activations, invalid samples, floats, accumulators). Everything has
-// internal linkage.
+// 4 rows at a time, and one from memory for everything else (curved activations, invalid samples, floats). For ranges, sums of
+// which only the extremes count are compared as they are. Everything has internal linkage.
 #pragma once
 #include "../dense_driver.h"
 #include "epilogue.h"
@@ -10,7 +10,7 @@
 namespace probquant {
 namespace {
 
-enum class Output { codes, floats, accumulators };
+enum class Output { codes, floats, range };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue of a tile: requantize, clamp, count, store
@@ -256,7 +256,7 @@ struct Requantizer {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogue from memory: what is left, and layer_requantize
+// Epilogue from memory
 
 /// q - zero point of a residual.
 inline __m512 residual_values(const uint8_t* residual, const SampleEpilogue& e, __mmask16 lanes) {
@@ -274,15 +274,22 @@ inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleE
   return clamp_ps(y, _mm512_set1_ps(p.activation_min), _mm512_set1_ps(p.activation_max));
 }
 
+/// What a curved activation makes of 16 channels, and that in units of the output.
+inline __m512 curved_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale));
+  const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, _mm512_loadu_ps(header.bias));
+  return activate_ps(p.activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile)));
+}
+inline __m512 curved_outputs(__m512 values, const BlockHeader& header, const SampleEpilogue& e) {
+  return _mm512_mul_ps(values, _mm512_mul_ps(_mm512_set1_ps(e.inverse_scale), _mm512_loadu_ps(header.inverse_profile)));
+}
+
 /// output_value() of 16 channels.
 inline __m512 output_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
                             __mmask16 lanes) {
+  if (p.activation != Activation::clamp) return curved_outputs(curved_values(acc, header, e, p), header, e);
   const __m512 value = _mm512_cvtepi32_ps(acc), scale = _mm512_loadu_ps(header.scale), bias = _mm512_loadu_ps(header.bias);
   const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale), inverse_profile = _mm512_loadu_ps(header.inverse_profile);
-  if (p.activation != Activation::clamp) {
-    const __m512 y = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.x_scale), scale), bias);
-    return _mm512_mul_ps(activate_ps(p.activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile))), _mm512_mul_ps(inverse_scale, inverse_profile));
-  }
   __m512 t = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.multiplier), scale), _mm512_mul_ps(inverse_scale, bias));
   if (residual) t = _mm512_fmadd_ps(residual_values(residual, e, lanes), _mm512_set1_ps(e.residual_multiplier), t);
   __m512 lo = _mm512_set1_ps(e.activation_lo), hi = _mm512_set1_ps(e.activation_hi);
@@ -293,10 +300,25 @@ inline __m512 output_values(__m512i acc, const BlockHeader& header, const Sample
   return clamp_ps(t, lo, hi);
 }
 
+/// Extremes of values, lane by lane. A NaN is passed over.
+struct RangeLanes {
+  __m512 lo = _mm512_set1_ps(__builtin_inff()), hi = _mm512_set1_ps(-__builtin_inff());
+
+  void widen(__m512 y, __mmask16 lanes) {
+    lo = _mm512_mask_min_ps(lo, lanes, y, lo);
+    hi = _mm512_mask_max_ps(hi, lanes, y, hi);
+  }
+  void join(const RangeLanes& other) {
+    lo = _mm512_min_ps(lo, other.lo);
+    hi = _mm512_max_ps(hi, other.hi);
+  }
+};
+
 /// Finishes what the register tiles leave, and gathers statistics.
 class DenseEpilogue {
  public:
-  DenseEpilogue(const LayerProblem& problem, Output kind) : p(problem), output(kind), channels(problem.shape.out_channels) {
+  /// `held` are the range's, if sums are held.
+  DenseEpilogue(const LayerProblem& problem, Output kind, int32_t* held) : p(problem), output(kind), channels(problem.shape.out_channels), held(held) {
     if (output != Output::codes) return;
     const int64_t count = p.layout.trailer_offset() / p.layout.block_bytes;
     block_constants.reset(new BlockConstants[static_cast<size_t>(count)]);
@@ -307,13 +329,14 @@ class DenseEpilogue {
 
   /// Rows [begin, end) follow, of at most kChunkSamples samples.
   void start_chunk(int64_t begin, int64_t end) {
-    if (output != Output::codes) return;
+    if (output == Output::floats) return;
     chunk_sample = begin / p.rows_per_sample;
     chunk_samples = (end - 1) / p.rows_per_sample + 1 - chunk_sample;
     const auto& trailer = *reinterpret_cast<const PackedTrailer*>(p.packed_weight + p.layout.trailer_offset());
     for (int64_t i = 0; i < chunk_samples; ++i) {
       constants[i].set(p.samples[chunk_sample + i], p, trailer);
       for (int64_t& counter : counters[i]) counter = 0;
+      ranges[i] = RangeLanes();
     }
   }
 
@@ -357,20 +380,19 @@ class DenseEpilogue {
           _mm512_mask_storeu_ps(p.y_float + at, lanes, layer_values(a, header, e, p, residual, lanes));
           continue;
         }
-        const __m512 y = output_values(a, header, e, p, residual, lanes);
-        _mm512_mask_storeu_epi32(p.accumulators + at, lanes, a);
-        if (sample[i] != range_sample) flush_range(sample[i]);
-        range_lo = _mm512_mask_min_ps(range_lo, lanes, y, range_lo);
-        range_hi = _mm512_mask_max_ps(range_hi, lanes, y, range_hi);
-        range_nan = static_cast<__mmask16>(range_nan | _mm512_mask_cmp_ps_mask(lanes, y, y, _CMP_UNORD_Q));
       }
     }
   }
 
-  /// A whole row of `quantized`, from memory.
-  void finish_row(int64_t row, int64_t sample, const int32_t* acc, const Panel& panel) {
-    finish(&row, &sample, 1, acc, 0, panel);
-    if (p.channel_stats) add_channel_stats(&row, &sample, 1, panel);
+  /// Widens the samples' ranges by a tile, [blocks * 16] sums per row. Of sums that are held, a curved activation, which costs more than
+  /// anything else here, leaves its values in their place.
+  void widen_ranges(const Tile& tile, const Panel& panel, int32_t* sums) {
+    if (tile.one_sample && p.activation == Activation::clamp && !p.residual) return widen_by_extremes(tile, panel, sums);
+    bool plain = !p.profiled_bounds();
+    for (int i = 0; plain && i < (tile.one_sample ? 1 : tile.rows); ++i) plain = constants[tile.sample[i] - chunk_sample].plain;
+    if (!plain) widen_by_rows<false, true>(tile, panel, sums);
+    else if (p.residual) widen_by_rows<true, true>(tile, panel, sums);
+    else widen_by_rows<true, false>(tile, panel, sums);
   }
 
   void end_panel() {
@@ -378,7 +400,9 @@ class DenseEpilogue {
   }
 
   void end_chunk() {
-    if (output == Output::accumulators) flush_range(-1);
+    if (output == Output::range)
+      for (int64_t i = 0; i < chunk_samples; ++i)
+        atomic_widen(p.range + 2 * (chunk_sample + i), _mm512_reduce_min_ps(ranges[i].lo), _mm512_reduce_max_ps(ranges[i].hi));
     if (output != Output::codes) return;
     flush_run();
     flush_channels();
@@ -399,7 +423,8 @@ class DenseEpilogue {
       _mm_mask_storeu_epi8(p.y + at, lanes, _mm_setzero_si128());
       return;
     }
-    const __m512 t = output_values(acc, header, e, p, residual, lanes);
+    const bool curved_already = held && p.activation != Activation::clamp;
+    const __m512 t = curved_already ? curved_outputs(_mm512_castsi512_ps(acc), header, e) : output_values(acc, header, e, p, residual, lanes);
     const __m128i q = _mm_maskz_mov_epi8(lanes, _mm512_cvtepi32_epi8(rounding.codes(t)));
     _mm_mask_storeu_epi8(p.y + at, lanes, q);
     current.sums.add(_mm512_zextsi128_si512(q));
@@ -450,22 +475,78 @@ class DenseEpilogue {
     channel_sample = -1;
   }
 
-  void flush_range(int64_t next) {
-    if (range_sample >= 0) {
-      float* range = p.range + 2 * range_sample;
-      atomic_widen(range, range_nan ? __builtin_nanf("") : _mm512_reduce_min_ps(range_lo), _mm512_reduce_max_ps(range_hi));
+  /// Rows of one sample, without a residual: a clamp over constants of the channel keeps the order of sums (or turns it around), so a
+  /// channel's extremes come from its extreme sums. NaNs do not disturb that: they become the lower bound, as all else on their side does.
+  void widen_by_extremes(const Tile& tile, const Panel& panel, const int32_t* sums) {
+    const SampleEpilogue& e = p.samples[tile.sample[0]];
+    RangeLanes& range = ranges[tile.sample[0] - chunk_sample];
+    const int64_t stride = panel.blocks * kBlockChannels;
+    for (int64_t j = 0; j < panel.blocks; ++j) {
+      const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
+      const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+      const int32_t* at = sums + j * kBlockChannels;
+      __m512i lo = _mm512_loadu_si512(at), hi = lo;
+      for (int i = 1; i < tile.rows; ++i) {
+        const __m512i v = _mm512_loadu_si512(at += stride);
+        lo = _mm512_min_epi32(lo, v);
+        hi = _mm512_max_epi32(hi, v);
+      }
+      range.widen(output_values(lo, header, e, p, nullptr, lanes), lanes);
+      range.widen(output_values(hi, header, e, p, nullptr, lanes), lanes);
     }
-    range_sample = next;
-    range_lo = _mm512_set1_ps(__builtin_inff());
-    range_hi = _mm512_set1_ps(-__builtin_inff());
-    range_nan = 0;
+  }
+
+  /// kPlain: all samples are, and the bounds of the activation are the same for all channels, so that they may act on ranges.
+  template <bool kPlain, bool kResidual>
+  void widen_by_rows(const Tile& tile, const Panel& panel, int32_t* sums) {
+    const bool curved = p.activation != Activation::clamp;
+    int64_t sample = tile.sample[0];
+    RangeLanes seen[2];  // two chains
+    const auto end_sample = [&] {
+      seen[0].join(seen[1]);
+      if (kPlain) {
+        const __m512 least = _mm512_set1_ps(p.samples[sample].activation_lo), largest = _mm512_set1_ps(p.samples[sample].activation_hi);
+        seen[0].lo = clamp_ps(seen[0].lo, least, largest);
+        seen[0].hi = clamp_ps(seen[0].hi, least, largest);
+      }
+      ranges[sample - chunk_sample].join(seen[0]);
+      seen[0] = seen[1] = RangeLanes();
+    };
+    for (int i = 0; i < tile.rows; ++i) {
+      if (tile.sample[i] != sample) end_sample();
+      sample = tile.sample[i];
+      const SampleEpilogue& e = p.samples[sample];
+      const __m512 multiplier = _mm512_set1_ps(e.multiplier), residual_multiplier = _mm512_set1_ps(e.residual_multiplier);
+      const uint8_t* residual = kResidual && p.residual ? p.residual + tile.row[i] * channels + panel.channel : nullptr;
+      for (int64_t j = 0; j < panel.blocks; ++j, sums += kBlockChannels) {
+        const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
+        const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+        const __m512i acc = _mm512_loadu_si512(sums);
+        const uint8_t* codes = residual ? residual + j * kBlockChannels : nullptr;
+        __m512 y;
+        if (kPlain) {
+          y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(multiplier, _mm512_loadu_ps(header.scale)), _mm512_loadu_ps(header.bias));
+          if (kResidual) y = _mm512_fmadd_ps(residual_values(codes, e, lanes), residual_multiplier, y);
+        } else if (curved) {
+          y = curved_values(acc, header, e, p);
+          if (held) _mm512_storeu_ps(sums, y);
+          y = curved_outputs(y, header, e);
+        } else {
+          y = output_values(acc, header, e, p, codes, lanes);
+        }
+        seen[j & 1].widen(y, lanes);
+      }
+    }
+    end_sample();
   }
 
   const LayerProblem& p;
   const Output output;
   const int64_t channels;
 
+  int32_t* held;  ///< the next tile's, if sums are held
   int64_t chunk_sample = 0, chunk_samples = 0;
+  RangeLanes ranges[kChunkSamples + 1];
   SampleConstants constants[kChunkSamples + 1];
   std::unique_ptr<BlockConstants[]> block_constants;  ///< of the sample that each was last used for
   int64_t counters[kChunkSamples + 1][kStatsSample];
@@ -478,10 +559,6 @@ class DenseEpilogue {
 
   int64_t channel_sample = -1, channel_first = 0, channel_count = 0;
   __m512i channel_sums[kPanelBlocks] = {}, channel_squares[kPanelBlocks] = {};
-
-  int64_t range_sample = -1;
-  __m512 range_lo, range_hi;
-  __mmask16 range_nan = 0;
 };
 
 }  // namespace

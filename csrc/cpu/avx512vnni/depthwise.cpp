@@ -128,6 +128,11 @@ struct Work {
   /// The activation is a ReLU, and the range begins at 0.
   bool relu() const { return s->y_zero_point == 0 && s->activation_lo == 0.0f; }
 
+  void widen(float low, float high) {
+    lo = low < lo ? low : lo;
+    hi = high > hi ? high : hi;
+  }
+
   void add_stats() {
     int64_t* stats = p.stats + (s - p.samples) * (kStatsSample + (p.channel_stats ? 2 * p.shape.out_channels : 0));
     add_to(stats + kStatsSum, sum);
@@ -372,26 +377,62 @@ struct Floats : OneByOne<Floats> {
   }
 };
 
-struct Accumulators : OneByOne<Accumulators> {
+/// The range of output_value in full.
+struct AnyRange : OneByOne<AnyRange> {
   __m512 lo = _mm512_set1_ps(kInfinity), hi = _mm512_set1_ps(-kInfinity);
-  __mmask16 not_numbers = 0;
-  explicit Accumulators(Work& work) : OneByOne(work) {}
+  explicit AnyRange(Work& work) : OneByOne(work) {}
 
   __attribute__((noinline)) void one(VectorOfParts acc, Place place) {
     __m512 y[kParts];
     output_values(*w, acc, place, y);
     for (int i = 0; i < kParts; ++i) {
       const __mmask16 mask = part_mask(place.mask, i);
-      not_numbers = static_cast<__mmask16>(not_numbers | _mm512_mask_cmp_ps_mask(mask, y[i], y[i], _CMP_UNORD_Q));
       lo = _mm512_mask_min_ps(lo, mask, y[i], lo);
       hi = _mm512_mask_max_ps(hi, mask, y[i], hi);
     }
-    store_dwords(w->p.accumulators, w->g, place, acc.part);
   }
+  void finish() { w->widen(_mm512_reduce_min_ps(lo), _mm512_reduce_max_ps(hi)); }
+};
+
+/// The same of a clamp without a residual, which keeps the order of sums (or turns it around): a channel's extremes come from its extreme
+/// sums. NaNs do not disturb that: they become the lower bound, as all else on their side does.
+template <bool kFull>
+struct FastRange {
+  Work* w;
+  __m512i lo[kParts], hi[kParts];
+
+  explicit FastRange(Work& work) : w(&work) {
+    for (int i = 0; i < kParts; ++i) lo[i] = _mm512_set1_epi32(INT32_MAX), hi[i] = _mm512_set1_epi32(INT32_MIN);
+  }
+
+  template <int R, int T, class Source>
+  __attribute__((always_inline)) void tile(Source source, Place (&place)[R], int64_t channels) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) {
+      __m512i acc[R][T];
+      source(i, acc);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const __mmask16 mask = kFull ? __mmask16(0xffff) : part_mask(place[r].mask, i);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          lo[i] = kFull ? _mm512_min_epi32(lo[i], acc[r][t]) : _mm512_mask_min_epi32(lo[i], mask, lo[i], acc[r][t]);
+          hi[i] = kFull ? _mm512_max_epi32(hi[i], acc[r][t]) : _mm512_mask_max_epi32(hi[i], mask, hi[i], acc[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) place[r].at += T * channels;
+  }
+  void end_strip(int64_t) {}
   void finish() {
-    const float low = not_numbers ? kNan : _mm512_reduce_min_ps(lo), high = _mm512_reduce_max_ps(hi);
-    w->lo = low != low || low < w->lo ? low : w->lo;
-    w->hi = high > w->hi ? high : w->hi;
+    __m512 y[2][kParts];
+    output_values(*w, {{lo[0], lo[1], lo[2], lo[3]}}, {}, y[0]);
+    output_values(*w, {{hi[0], hi[1], hi[2], hi[3]}}, {}, y[1]);
+    for (int i = 0; i < kParts; ++i) {
+      const __mmask16 seen = _mm512_cmple_epi32_mask(lo[i], hi[i]);
+      const __m512 least = _mm512_min_ps(y[0][i], y[1][i]), largest = _mm512_max_ps(y[0][i], y[1][i]);
+      w->widen(_mm512_mask_reduce_min_ps(seen, least), _mm512_mask_reduce_max_ps(seen, largest));
+    }
   }
 };
 
@@ -617,16 +658,15 @@ void start_outputs(Work& w, int64_t sample) { w.start(sample, w.p.activation != 
 void start_values(Work& w, int64_t sample) { w.start(sample, true); }
 
 /// 3x3 and 5x5 above all.
-template <bool kFull, Clamp kClamp>
+template <class Epilogue>
 void run_fast(Work& w, const Rectangle& rectangle) {
-  using Codes = FastCodes<kFull, kClamp>;
   const Conv2dShape& s = w.p.shape;
   const int64_t taps = s.dilation_width == 1 && (s.kernel_width == 5 || w.p.layout.steps == 3) ? s.kernel_width : 0, stride = s.stride_width;
-  if (taps == 3 && stride == 1) run_rectangle<Codes, 3, 1>(w, rectangle);
-  else if (taps == 3 && stride == 2) run_rectangle<Codes, 3, 2>(w, rectangle);
-  else if (taps == 5 && stride == 1) run_rectangle<Codes, 5, 1>(w, rectangle);
-  else if (taps == 5 && stride == 2) run_rectangle<Codes, 5, 2>(w, rectangle);
-  else run_rectangle<Codes>(w, rectangle);
+  if (taps == 3 && stride == 1) run_rectangle<Epilogue, 3, 1>(w, rectangle);
+  else if (taps == 3 && stride == 2) run_rectangle<Epilogue, 3, 2>(w, rectangle);
+  else if (taps == 5 && stride == 1) run_rectangle<Epilogue, 5, 1>(w, rectangle);
+  else if (taps == 5 && stride == 2) run_rectangle<Epilogue, 5, 2>(w, rectangle);
+  else run_rectangle<Epilogue>(w, rectangle);
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) {
@@ -649,9 +689,9 @@ void quantized(const LayerProblem& p, const LayerRange& range) {
           return;
         }
         if (!fast) run_rectangle<AnyCodes>(w, r);
-        else if (!w.relu()) run_fast<false, Clamp::any>(w, r);
-        else if (g.channels == kVector) run_fast<true, Clamp::relu>(w, r);
-        else run_fast<false, Clamp::relu>(w, r);
+        else if (!w.relu()) run_fast<FastCodes<false, Clamp::any>>(w, r);
+        else if (g.channels == kVector) run_fast<FastCodes<true, Clamp::relu>>(w, r);
+        else run_fast<FastCodes<false, Clamp::relu>>(w, r);
         if (!p.channel_stats) return;
         int64_t* sums = p.stats + r.sample * (kStatsSample + 2 * p.shape.out_channels) + kStatsSample + g.channel;
         for (int64_t y = r.y_begin; y < r.y_end; ++y)
@@ -665,17 +705,25 @@ void to_float(const LayerProblem& p, const LayerRange& range) {
   for_each_group(p, range, start_values, run_rectangle<Floats>, [](Work&) {});
 }
 
-void accumulate_range(const LayerProblem& p, const LayerRange& range) {
-  if (!covers(p)) return kReferenceKernels.depthwise.accumulate(p, range);
-  for_each_group(p, range, start_outputs, run_rectangle<Accumulators>, [&](Work& w) {
-    atomic_widen(p.range + 2 * (w.s - p.samples), w.lo, w.hi);
-    w.lo = kInfinity;
-    w.hi = -kInfinity;
-  });
+void find_range(const LayerProblem& p, const LayerRange& range) {
+  if (!covers(p)) return kReferenceKernels.depthwise.range(p, range);
+  const bool fast = p.activation == Activation::clamp && !p.residual;
+  for_each_group(
+      p, range, start_outputs,
+      [&](Work& w, const Rectangle& r) {
+        if (!fast) run_rectangle<AnyRange>(w, r);
+        else if (w.g.channels == kVector) run_fast<FastRange<true>>(w, r);
+        else run_fast<FastRange<false>>(w, r);
+      },
+      [&](Work& w) {
+        atomic_widen(p.range + 2 * (w.s - p.samples), w.lo, w.hi);
+        w.lo = kInfinity;
+        w.hi = -kInfinity;
+      });
 }
 
 }  // namespace
 
-void install_depthwise_avx512vnni(Kernels& table) { table.depthwise = {quantized, to_float, accumulate_range}; }
+void install_depthwise_avx512vnni(Kernels& table) { table.depthwise = {quantized, to_float, find_range}; }
 
 }  // namespace probquant
