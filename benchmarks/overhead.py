@@ -1,25 +1,43 @@
 """What a call costs beside its arithmetic: microseconds from torch.ops to return, per op, on the smallest inputs.
 
 The first line, an empty Python function, is the clock itself. torch's own relu and add on the same number of bytes are
-the yardstick for what torch's dispatcher and allocator cost. Ours write four tensors per call, relu one.
+the yardstick for what torch's dispatcher and allocator cost. Ours write four tensors per call, relu one. "Recorded" is an op's share
+of a chain of 32 in one call, as a model runs its layers (probquant/recording.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from torch import fx
 from tqdm import tqdm
 
 from common import describe_run, keep_heap, pin, print_run, text_table, write_results
 from probquant import surrogates
 from probquant._ops import Strategy, ops
+from probquant.recording import record
 
 _CALLS = 200  # in one measurement
+_CHAIN = 32  # ops of a recording
+
+
+def chain(packed: torch.Tensor, geometry: tuple, options: dict) -> Callable[..., object]:
+    """A recording of convolutions with 16 channels in and out, each on the output of the one before."""
+    graph = fx.Graph()
+    x = [graph.placeholder(name) for name in ("q", "scale", "zero_point", "stats")]
+    root = {"packed": packed, **{name: value for name, value in options.items() if isinstance(value, torch.Tensor)}}
+    constants = {name: graph.get_attr(name) for name in root}
+    for _ in range(_CHAIN):
+        y = graph.call_function(ops.conv2d.default, (*x, constants["packed"], *geometry), {**options, **{name: constants[name] for name in options if name in root}})
+        x = [graph.call_function(operator.getitem, (y, i)) for i in range(4)]
+    graph.output(x[0])
+    return record(fx.GraphModule(root, graph))
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -63,6 +81,8 @@ def calls() -> dict[str, Callable[[], object]]:
         for name, options in ranges(predictor).items():
             gamma = {"gamma": 4} if name == "probabilistic" else {}
             found[f"conv2d {text} {name}"] = lambda o={**options, **gamma}, g=geometry: ops.conv2d.default(*x, *g, **o)
+            recorded = chain(packed, geometry[1:], {**options, **gamma})
+            found[f"conv2d {text} {name}, recorded"] = lambda r=recorded: r(*x)
     head = torch.tensor([6.0, 6.0, 0.0])
     for name, options in ranges(head).items():
         found[f"add {name}"] = lambda o=options: ops.add.default(*x, *x, **o)
@@ -96,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
                 start = time.perf_counter_ns()
                 for _ in range(_CALLS):
                     call()
-                times[name].append((time.perf_counter_ns() - start) * 1e-3 / _CALLS)
+                ops_in_call = _CHAIN if name.endswith("recorded") else 1
+                times[name].append((time.perf_counter_ns() - start) * 1e-3 / _CALLS / ops_in_call)
     rows = [
         {"op": name, "threads": args.threads, "us_min": round(min(values), 3), "us_median": round(statistics.median(values), 3)}
         for name, values in times.items()

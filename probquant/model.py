@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import operator
 import os
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ._ops import ops
 from .files import replacing
+from .recording import record
 from .telemetry import Telemetry
 
 _UNITS = "int8_layers"
@@ -96,7 +98,8 @@ class QuantizedModel(fx.GraphModule):
     """An int8 model. Call it as the float model it was made from: same inputs, same outputs, any batch size.
 
     Its graph is straight-line code over torch.ops.probquant; `units` holds the tensors of the int8 layers. Copying and
-    pickling go through the same form as files do.
+    pickling go through the same form as files do. A plain call on the CPU runs the graph's int8 ops as recorded at the first
+    one (recording.py), with the tensors that the model then had; recompile() forgets the recording.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any]):
@@ -114,6 +117,34 @@ class QuantizedModel(fx.GraphModule):
     def settings(self) -> dict[str, Any]:
         """The arguments of quantize() that shaped the model."""
         return self.meta["settings"]
+
+    def recompile(self):
+        code = super().recompile()
+        cls = type(self)  # of this model alone: fx makes one for each
+        graph_forward = cls.forward
+
+        @functools.wraps(graph_forward)
+        def forward(self, *args, **kwargs):
+            if torch.compiler.is_compiling() or not all(type(x) is torch.Tensor and x.is_cpu for x in pytree.tree_leaves((args, kwargs))):
+                return graph_forward(self, *args, **kwargs)
+            if not self._recorded:
+                self.__dict__["_recorded"] = (record(self) or functools.partial(graph_forward, self),)
+            return self._recorded[0](*args, **kwargs)
+
+        cls.forward = forward
+        self._forget()
+        return code
+
+    def _forget(self) -> None:
+        self.__dict__["_recorded"] = ()
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._forget()
+        return super().load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo) -> QuantizedModel:
         return _rebuild(_header(self), {name: tensor.clone() for name, tensor in _tensors(self).items()})

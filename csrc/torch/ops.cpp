@@ -2,6 +2,7 @@
 #include "elementwise_ops.h"
 #include "layer_ops.h"
 #include "pool_ops.h"
+#include "recording.h"
 #include "schemas.h"
 #include "transformer_ops.h"
 
@@ -77,27 +78,65 @@ Tensor moments(const Tensor& q, int64_t sample_dims, bool channel_stats) {
   return std::move(a.stats);
 }
 
+/// Visits every op of the CPU, as visit.op<&kernel>(name).
+template <class Visitor>
+void for_each_op(Visitor&& visit) {
+  visit.template op<&quantize>("quantize");
+  visit.template op<&dequantize>("dequantize");
+  visit.template op<&moments>("moments");
+  visit.template op<&pack_weight<Cpu>>("pack_weight");
+  visit.template op<&linear<Cpu>>("linear");
+  visit.template op<&conv2d<Cpu>>("conv2d");
+  visit.template op<&surrogate_law<Cpu>>("surrogate_law");
+  visit.template op<&add<Cpu>>("add");
+  visit.template op<&mul<Cpu>>("mul");
+  visit.template op<&activation<Cpu>>("activation");
+  visit.template op<&concat<Cpu>>("concat");
+  visit.template op<&max_pool2d<Cpu>>("max_pool2d");
+  visit.template op<&avg_pool2d<Cpu>>("avg_pool2d");
+  visit.template op<&adaptive_avg_pool2d<Cpu>>("adaptive_avg_pool2d");
+  visit.template op<&upsample_nearest2d<Cpu>>("upsample_nearest2d");
+  visit.template op<&layer_norm<Cpu>>("layer_norm");
+  visit.template op<&attention<Cpu>>("attention");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A recording of ops, in one call
+
+/// The recordings' ops by name.
+struct Recordable {
+  std::unordered_map<std::string, RecordedOp> by_name;
+
+  template <auto Kernel>
+  void op(const char* name) {
+    by_name.emplace(name, &replay_op<Kernel>);
+  }
+};
+
+std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& recording) {
+  static const Recordable ops = [] {
+    Recordable all;
+    for_each_op(all);
+    return all;
+  }();
+  return replay(ops.by_name, inputs, constants, recording);
+}
+
+struct Implement {
+  const stable::Library& library;
+
+  template <auto Kernel>
+  void op(const char* name) const {
+    library.implement<Kernel>(name);
+  }
+};
+
 const stable::RegisterAtLoad register_at_load{[] {
   const auto library = stable::Library::fragment("probquant");
   for (const char* schema : kSchemas) library.define(schema);
   const auto cpu = stable::Library::kernels("probquant", "CPU");
-  cpu.implement<&quantize>("quantize");
-  cpu.implement<&dequantize>("dequantize");
-  cpu.implement<&moments>("moments");
-  cpu.implement<&pack_weight<Cpu>>("pack_weight");
-  cpu.implement<&linear<Cpu>>("linear");
-  cpu.implement<&conv2d<Cpu>>("conv2d");
-  cpu.implement<&surrogate_law<Cpu>>("surrogate_law");
-  cpu.implement<&add<Cpu>>("add");
-  cpu.implement<&mul<Cpu>>("mul");
-  cpu.implement<&activation<Cpu>>("activation");
-  cpu.implement<&concat<Cpu>>("concat");
-  cpu.implement<&max_pool2d<Cpu>>("max_pool2d");
-  cpu.implement<&avg_pool2d<Cpu>>("avg_pool2d");
-  cpu.implement<&adaptive_avg_pool2d<Cpu>>("adaptive_avg_pool2d");
-  cpu.implement<&upsample_nearest2d<Cpu>>("upsample_nearest2d");
-  cpu.implement<&layer_norm<Cpu>>("layer_norm");
-  cpu.implement<&attention<Cpu>>("attention");
+  for_each_op(Implement{cpu});
+  cpu.implement<&run>("run");
 }};
 
 }  // namespace

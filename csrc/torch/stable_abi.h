@@ -1,7 +1,8 @@
 // Owns everything that probquant knows of torch in C++: a small typed layer over the stable C ABI (torch >= 2.10), so that
 // the op library needs no torch to build and loads under any later torch.
 //
-//   Tensor            an owned tensor handle
+//   Tensor            a tensor handle and its metadata
+//   Scratch           tensors that live inside one op
 //   empty, empty_strided
 //   Library, Boxed    registration of schemas and kernels; conversion of the boxed argument stack
 //   torch_executor    torch's thread pool as a probquant::Executor
@@ -14,6 +15,7 @@
 #include <dlfcn.h>
 #include <probquant/types.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -75,6 +77,15 @@ struct Codes {
   int32_t bfloat16 = aoti_torch_dtype_bfloat16();
   int32_t float32 = aoti_torch_dtype_float32();
   int32_t float64 = aoti_torch_dtype_float64();
+
+  /// Of an element of the dtypes that ops write.
+  size_t item_bytes(int32_t dtype) const {
+    if (dtype == uint8 || dtype == int8) return 1;
+    if (dtype == float16 || dtype == bfloat16) return 2;
+    if (dtype == float32 || dtype == int32) return 4;
+    if (dtype == int64) return 8;
+    throw Error("a tensor of a dtype that no op writes");
+  }
 };
 
 /// Codes of device types and dtypes, asked for once.
@@ -104,74 +115,140 @@ class IntView {
   size_t size_;
 };
 
-/// An owned handle of a tensor. Moving it is free; share() makes a second handle of the same tensor.
+class Scratch;
+
+/// A tensor: one of torch's, by an owned handle, or one in a Scratch. Its metadata is asked for once, when it is made.
+/// Move-only, and moving is free; borrow() makes a second one, which must not outlive the first.
 class Tensor {
  public:
-  explicit Tensor(AtenTensorOpaque* owned) noexcept : handle_(owned) {}
-  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  explicit Tensor(AtenTensorOpaque* owned) : handle_(owned), data_(nullptr), scratch_(nullptr) {
+    int64_t *sizes, *strides;
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_data_ptr(owned, &data_));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_dim(owned, &rank_));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_sizes(owned, &sizes));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_strides(owned, &strides));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_dtype(owned, &dtype_));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_device_type(owned, &device_type_));
+    PROBQUANT_TORCH_CHECK(aoti_torch_get_device_index(owned, &device_index_));
+    sizes_ = sizes, strides_ = strides;
+  }
+  Tensor(Tensor&& other) noexcept : Tensor(static_cast<const Tensor&>(other)) { other.handle_ = nullptr; }
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
+    copy_view(other);
     return *this;
   }
-  Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  Tensor share() const {
-    AtenTensorOpaque* handle;
-    PROBQUANT_TORCH_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
-    return Tensor(handle);
+  Tensor borrow() const {
+    Tensor view(*this);
+    view.handle_ = nullptr;
+    return view;
   }
-  AtenTensorOpaque* get() const { return handle_; }
-  AtenTensorOpaque* release() noexcept { return std::exchange(handle_, nullptr); }
+  /// The handle, given away: of a tensor that is torch's.
+  AtenTensorOpaque* release() {
+    if (handle_ == nullptr || scratch_ != nullptr) throw Error("a tensor that is not torch's cannot be given to it");
+    return std::exchange(handle_, nullptr);
+  }
+  Scratch* scratch() const { return scratch_; }
 
   /// The first element, unchecked: T must fit dtype().
   template <class T = void>
   T* data() const {
-    void* result;
-    PROBQUANT_TORCH_CHECK(aoti_torch_get_data_ptr(handle_, &result));
-    return static_cast<T*>(result);
+    return static_cast<T*>(data_);
   }
-  int64_t dim() const { return ask<int64_t, aoti_torch_get_dim>(); }
-  int64_t numel() const { return ask<int64_t, aoti_torch_get_numel>(); }
+  int64_t dim() const { return rank_; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (const int64_t size : sizes()) count *= size;
+    return count;
+  }
   /// Valid while the tensor lives and keeps its shape.
-  IntView sizes() const { return {ask<int64_t*, aoti_torch_get_sizes>(), static_cast<size_t>(dim())}; }
-  IntView strides() const { return {ask<int64_t*, aoti_torch_get_strides>(), static_cast<size_t>(dim())}; }
-  /// Size and stride of dimension i; a negative i counts from the end. Out of range is an error.
-  int64_t size(int64_t i) const { return ask<int64_t*, aoti_torch_get_sizes>()[wrap(i)]; }
-  int64_t stride(int64_t i) const { return ask<int64_t*, aoti_torch_get_strides>()[wrap(i)]; }
-  int32_t dtype() const { return ask<int32_t, aoti_torch_get_dtype>(); }
-  int32_t device_type() const { return ask<int32_t, aoti_torch_get_device_type>(); }
-  int32_t device_index() const { return ask<int32_t, aoti_torch_get_device_index>(); }
-  bool is_contiguous() const { return ask<bool, aoti_torch_is_contiguous>(); }
+  IntView sizes() const { return {sizes_, static_cast<size_t>(rank_)}; }
+  IntView strides() const { return {strides_, static_cast<size_t>(rank_)}; }
+  /// Size of dimension i; a negative i counts from the end. Out of range is an error.
+  int64_t size(int64_t i) const {
+    const int64_t wrapped = i < 0 ? i + rank_ : i;
+    if (wrapped < 0 || wrapped >= rank_) {
+      throw Error("dimension " + std::to_string(i) + " of a tensor with " + std::to_string(rank_) + " dimensions");
+    }
+    return sizes_[wrapped];
+  }
+  int32_t dtype() const { return dtype_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+  /// Whether the elements lie without gaps in the order of the dimensions; what has no elements does.
+  bool is_contiguous() const {
+    bool dense = true;
+    int64_t count = 1;
+    for (int64_t i = rank_; i-- > 0;) {
+      dense = dense && (sizes_[i] == 1 || strides_[i] == count);
+      count *= sizes_[i];
+    }
+    return dense || count == 0;
+  }
 
  private:
-  template <class T, int32_t (*Question)(AtenTensorOpaque*, T*)>
-  T ask() const {
-    T answer;
-    if (__builtin_expect(Question(handle_, &answer) != 0, 0)) throw_torch_error("a question about a tensor");
-    return answer;
-  }
-  int64_t wrap(int64_t i) const {
-    const int64_t rank = dim(), wrapped = i < 0 ? i + rank : i;
-    if (wrapped < 0 || wrapped >= rank) {
-      throw Error("dimension " + std::to_string(i) + " of a tensor with " + std::to_string(rank) + " dimensions");
-    }
-    return wrapped;
+  friend class Scratch;
+  Tensor(const Tensor& other) noexcept : handle_(other.handle_) { copy_view(other); }
+  void copy_view(const Tensor& other) noexcept {
+    data_ = other.data_, scratch_ = other.scratch_, sizes_ = other.sizes_, strides_ = other.strides_, rank_ = other.rank_;
+    dtype_ = other.dtype_, device_type_ = other.device_type_, device_index_ = other.device_index_;
   }
 
-  AtenTensorOpaque* handle_;
+  AtenTensorOpaque* handle_;  // null: borrowed, or in a chunk of the scratch
+  void* data_;
+  Scratch* scratch_;
+  const int64_t *sizes_, *strides_;
+  int64_t rank_;
+  int32_t dtype_, device_type_, device_index_;
 };
 
-/// An uninitialised tensor on the device of `like`.
-inline Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype, const Tensor& like) {
-  if (sizes.size() != strides.size()) throw Error("empty_strided wants as many strides as sizes");
+/// Tensors on the CPU that no one outside of an op sees. Small ones and all metadata lie in chunks that go with the Scratch, larger
+/// ones in memory of torch's that goes with the tensor, so that torch's profiler sees what an op takes. What is made `like` a
+/// tensor of the scratch lies there, too.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : like_(like.borrow()) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  /// Another view of a tensor, whose likes are in this scratch.
+  Tensor adopt(const Tensor& t) {
+    Tensor view = t.borrow();
+    view.scratch_ = this;
+    return view;
+  }
+  /// While true, new tensors are torch's.
+  void set_outside(bool outside) { outside_ = outside; }
+
+  Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype);
+
+ private:
+  static constexpr size_t kAlignment = 64, kSmall = 1024, kChunk = 4096;
+
+  char* allocate(size_t bytes);
+
+  Tensor like_;
+  std::vector<Tensor> chunks_;
+  size_t used_ = kChunk;
+  bool outside_ = false;
+};
+
+inline Tensor torch_empty_strided(IntView sizes, IntView strides, int32_t dtype, const Tensor& like) {
   AtenTensorOpaque* handle;
   PROBQUANT_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                  like.device_type(), like.device_index(), &handle));
   return Tensor(handle);
+}
+
+/// An uninitialised tensor on the device of `like`, and in its scratch.
+inline Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype, const Tensor& like) {
+  if (sizes.size() != strides.size()) throw Error("empty_strided wants as many strides as sizes");
+  return like.scratch() != nullptr ? like.scratch()->empty_strided(sizes, strides, dtype) : torch_empty_strided(sizes, strides, dtype, like);
 }
 
 /// The same, contiguous.
@@ -185,6 +262,49 @@ inline Tensor empty(IntView sizes, int32_t dtype, const Tensor& like) {
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
   return empty_strided(sizes, {strides, sizes.size()}, dtype, like);
+}
+
+inline char* Scratch::allocate(size_t bytes) {
+  if (used_ + bytes > kChunk) {
+    chunks_.push_back(torch_empty_strided({static_cast<int64_t>(kChunk)}, {1}, codes().uint8, like_));
+    used_ = 0;
+  }
+  char* result = chunks_.back().data<char>() + used_;
+  used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return result;
+}
+
+inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dtype) {
+  if (outside_) return torch_empty_strided(sizes, strides, dtype, like_);
+  size_t elements = 1;  // as far as the last one; no stride is below what makes the sizes dense
+  bool overflow = false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    size_t step;
+    overflow |= __builtin_mul_overflow(static_cast<size_t>(sizes[i] - 1), static_cast<size_t>(strides[i]), &step);
+    overflow |= __builtin_add_overflow(elements, step, &elements);
+  }
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) {
+    elements = 0;
+  } else if (overflow || elements > size_t{1} << 48) {
+    throw Error("a tensor of more than 2^48 elements");
+  }
+  const size_t bytes = elements * codes().item_bytes(dtype), metadata = 2 * sizes.size() * sizeof(int64_t);
+  auto* numbers = reinterpret_cast<int64_t*>(allocate(metadata));
+  std::copy(sizes.begin(), sizes.end(), numbers);
+  std::copy(strides.begin(), strides.end(), numbers + sizes.size());
+  Tensor t = like_.borrow();
+  if (bytes <= kSmall) {
+    t.data_ = allocate(bytes);
+  } else {
+    Tensor memory = torch_empty_strided({static_cast<int64_t>(bytes)}, {1}, codes().uint8, like_);
+    t.data_ = memory.data();
+    t.handle_ = memory.release();
+  }
+  t.scratch_ = this;
+  t.sizes_ = numbers, t.strides_ = numbers + sizes.size();
+  t.rank_ = static_cast<int64_t>(sizes.size());
+  t.dtype_ = dtype;
+  return t;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -239,31 +359,68 @@ struct Convert<std::vector<T>> {
     }
     return result;
   }
+  static Slot give(std::vector<T>&& values) {
+    StableListOpaque* list;
+    PROBQUANT_TORCH_CHECK(torch_new_list_reserve_size(values.size(), &list));
+    for (T& value : values) PROBQUANT_TORCH_CHECK(torch_list_push_back(list, Convert<T>::give(std::move(value))));
+    return reinterpret_cast<Slot>(list);
+  }
 };
 
-/// Boxed<&kernel>::call is `kernel` in torch's calling convention. Schema type and C++ type of an argument:
-///   Tensor  const Tensor&          Tensor?  const std::optional<Tensor>&     Tensor[]  const std::vector<Tensor>&
-///   int     int64_t                float    double                           bool      bool
-///   int[]   const std::vector<int64_t>&                 ScalarType  int32_t (see Codes)
-/// and optionals of these. It returns a Tensor, a std::tuple of them, a number, or nothing.
+/// Calls a kernel with arguments from a source, whose take<T>() gives the next one, of type T.
 template <auto Kernel>
-struct Boxed;
+struct Call;
 
-template <class Result, class... Arguments, Result (*Kernel)(Arguments...)>
-struct Boxed<Kernel> {
-  static void call(Slot* stack, uint64_t argument_count, uint64_t result_count) {
-    if (argument_count != sizeof...(Arguments) || result_count != kResultCount) {
-      throw Error("an op's schema and its kernel differ: " + std::to_string(argument_count) + " and " +
-                  std::to_string(sizeof...(Arguments)) + " arguments, " + std::to_string(result_count) + " and " +
-                  std::to_string(kResultCount) + " results");
-    }
-    run(stack, std::index_sequence_for<Arguments...>());
+template <class R, class... Arguments, R (*Kernel)(Arguments...)>
+struct Call<Kernel> {
+  using Result = R;
+  static constexpr uint64_t kArguments = sizeof...(Arguments);
+
+  template <class Source>
+  static Result with(Source& source) {
+    return with(source, std::index_sequence_for<Arguments...>());
   }
 
  private:
   template <class T>
   using Held = std::remove_cv_t<std::remove_reference_t<T>>;
 
+  template <class Source, size_t... I>
+  static Result with(Source& source, std::index_sequence<I...>) {
+    std::tuple<Held<Arguments>...> arguments{source.template take<Held<Arguments>>()...};  // braces: in order
+    return Kernel(static_cast<Arguments&&>(std::get<I>(arguments))...);
+  }
+};
+
+/// The boxed stack as a source of arguments.
+struct StackSource {
+  Slot* next;
+
+  template <class T>
+  T take() {
+    return Convert<T>::take(*next++);
+  }
+};
+
+/// Boxed<&kernel>::call is `kernel` in torch's calling convention. Schema type and C++ type of an argument:
+///   Tensor  const Tensor&          Tensor?  const std::optional<Tensor>&     Tensor[]  const std::vector<Tensor>&
+///   int     int64_t                float    double                           bool      bool
+///   int[]   const std::vector<int64_t>&                 ScalarType  int32_t (see Codes)
+/// and optionals of these. It returns a Tensor, a std::tuple or a std::vector of them, or a number.
+template <auto Kernel>
+struct Boxed {
+  static void call(Slot* stack, uint64_t argument_count, uint64_t result_count) {
+    using Result = typename Call<Kernel>::Result;
+    if (argument_count != Call<Kernel>::kArguments || result_count != Results<Result>::count) {
+      throw Error("an op's schema and its kernel differ: " + std::to_string(argument_count) + " and " +
+                  std::to_string(Call<Kernel>::kArguments) + " arguments, " + std::to_string(result_count) + " and " +
+                  std::to_string(Results<Result>::count) + " results");
+    }
+    StackSource arguments{stack};
+    Results<Result>::give(stack, Call<Kernel>::with(arguments));
+  }
+
+ private:
   template <class T>
   struct Results {
     static constexpr uint64_t count = 1;
@@ -276,24 +433,6 @@ struct Boxed<Kernel> {
       std::apply([stack](T&... result) mutable { ((*stack++ = Convert<T>::give(std::move(result))), ...); }, results);
     }
   };
-  static constexpr uint64_t result_count_of() {
-    if constexpr (std::is_void_v<Result>) {
-      return 0;
-    } else {
-      return Results<Result>::count;
-    }
-  }
-  static constexpr uint64_t kResultCount = result_count_of();
-
-  template <size_t... I>
-  static void run(Slot* stack, std::index_sequence<I...>) {
-    std::tuple<Held<Arguments>...> arguments{Convert<Held<Arguments>>::take(stack[I])...};
-    if constexpr (std::is_void_v<Result>) {
-      Kernel(static_cast<Arguments&&>(std::get<I>(arguments))...);
-    } else {
-      Results<Result>::give(stack, Kernel(static_cast<Arguments&&>(std::get<I>(arguments))...));
-    }
-  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

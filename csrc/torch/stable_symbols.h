@@ -21,19 +21,16 @@ struct DeviceGuardOpaque;
   X(int32_t, aoti_torch_library_def, (TorchLibraryOpaque*, const char*))                                               \
   X(int32_t, torch_library_impl,                                                                                       \
     (TorchLibraryOpaque*, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t))                             \
-  X(int32_t, aoti_torch_new_tensor_handle, (AtenTensorOpaque*, AtenTensorOpaque**))                                    \
   X(int32_t, aoti_torch_delete_tensor_object, (AtenTensorOpaque*))                                                     \
   X(int32_t, aoti_torch_empty_strided,                                                                                 \
     (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorOpaque**))                          \
   X(int32_t, aoti_torch_get_data_ptr, (AtenTensorOpaque*, void**))                                                     \
   X(int32_t, aoti_torch_get_dim, (AtenTensorOpaque*, int64_t*))                                                        \
-  X(int32_t, aoti_torch_get_numel, (AtenTensorOpaque*, int64_t*))                                                      \
   X(int32_t, aoti_torch_get_sizes, (AtenTensorOpaque*, int64_t**))                                                     \
   X(int32_t, aoti_torch_get_strides, (AtenTensorOpaque*, int64_t**))                                                   \
   X(int32_t, aoti_torch_get_dtype, (AtenTensorOpaque*, int32_t*))                                                      \
   X(int32_t, aoti_torch_get_device_type, (AtenTensorOpaque*, int32_t*))                                                \
   X(int32_t, aoti_torch_get_device_index, (AtenTensorOpaque*, int32_t*))                                               \
-  X(int32_t, aoti_torch_is_contiguous, (AtenTensorOpaque*, bool*))                                                     \
   X(int32_t, aoti_torch_device_type_cpu, ())                                                                           \
   X(int32_t, aoti_torch_device_type_cuda, ())                                                                          \
   X(int32_t, aoti_torch_dtype_bool, ())                                                                                \
@@ -45,6 +42,8 @@ struct DeviceGuardOpaque;
   X(int32_t, aoti_torch_dtype_bfloat16, ())                                                                            \
   X(int32_t, aoti_torch_dtype_float32, ())                                                                             \
   X(int32_t, aoti_torch_dtype_float64, ())                                                                             \
+  X(int32_t, torch_new_list_reserve_size, (size_t, StableListOpaque**))                                                \
+  X(int32_t, torch_list_push_back, (StableListOpaque*, uint64_t))                                                      \
   X(int32_t, torch_list_size, (StableListOpaque*, size_t*))                                                            \
   X(int32_t, torch_list_get_item, (StableListOpaque*, size_t, uint64_t*))                                              \
   X(int32_t, torch_delete_list, (StableListOpaque*))                                                                   \

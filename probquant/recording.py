@@ -1,0 +1,157 @@
+"""Recordings: the int8 ops of a graph, put into as few calls of torch.ops.probquant.run as float islands allow.
+
+A call from Python costs more than a small layer's arithmetic: a MobileNetV2 on one image of 224 x 224 spends a third of its time
+between its ops. A QuantizedModel that is called plainly on the CPU therefore runs as recorded here; whoever traces it
+(torch.compile, torch.export, its own capture and telemetry) sees its graph. The format stands in csrc/torch/recording.h.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+
+import torch
+from torch import fx
+
+from ._ops import ops
+
+_NOT_RECORDED = ("run", "pack_weight")
+_LEAST_OPS = 2  # what makes a recording worth its call
+
+
+class _Refused(Exception):
+    """A node that has no form in a recording."""
+
+
+def record(graph_module: fx.GraphModule) -> fx.GraphModule | None:
+    """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win."""
+    levels = _levels(graph_module.graph)
+    recorded: dict[int, list[fx.Node]] = {}
+    for node, (level, is_recorded) in levels.items():
+        if is_recorded:
+            recorded.setdefault(level, []).append(node)
+    recorded = {level: nodes for level, nodes in recorded.items() if sum(map(_is_op, nodes)) >= _LEAST_OPS}
+    if not recorded:
+        return None
+    root: dict[str, object] = {}
+    graph, copies = fx.Graph(), {}
+    graph.set_codegen(graph_module.graph._codegen)
+    inside = {node for nodes in recorded.values() for node in nodes}
+    for level in range(max(level for level, _ in levels.values()) + 1):
+        for node, (at, _) in levels.items():  # its float nodes, and int8 ops that are not worth a recording
+            if at == level and node not in inside and not (node.op == "get_attr" and set(node.users) <= inside):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node.op == "get_attr":
+                    root[node.target] = operator.attrgetter(node.target)(graph_module)
+        if level in recorded:
+            _add_run(graph, copies, root, graph_module, recorded[level], f"recording_{level}")
+    return fx.GraphModule(root, graph)
+
+
+def _is_op(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def _levels(graph: fx.Graph) -> dict[fx.Node, tuple[int, bool]]:
+    """For every node, in order: its level, and whether it is recorded. The recorded nodes of a level can run together, after
+    the others of that level, which need recorded nodes of lower levels alone."""
+    levels: dict[fx.Node, tuple[int, bool]] = {}
+    for node in graph.nodes:
+        is_recorded = _is_recordable(node) or (node.target is operator.getitem and levels[node.args[0]][1])
+        level = 0
+        for source in node.all_input_nodes:
+            of_source, source_is_recorded = levels[source]
+            level = max(level, of_source + (source_is_recorded and not is_recorded))
+        levels[node] = (level, is_recorded)
+    return levels
+
+
+def _is_recordable(node: fx.Node) -> bool:
+    if not _is_op(node) or node.target.namespace != "probquant" or node.target._opname in _NOT_RECORDED:
+        return False
+    try:
+        _encode(node, dict.fromkeys(node.all_input_nodes, 0))
+    except _Refused:
+        return False
+    return True
+
+
+def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
+    """Appends a call that runs `nodes`, and what others read of its results, to the graph."""
+    mine = set(nodes)
+    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in mine))
+    constants = [source for source in inputs if source.op == "get_attr"]
+    inputs = [source for source in inputs if source.op != "get_attr"]
+    operations = [node for node in nodes if _is_op(node)]
+    numbers = {source: i for i, source in enumerate([*inputs, *constants])}
+    given = count = len(numbers)
+    for node in operations:
+        numbers.update({value: count + i for i, value in _values(node)})
+        count += len(node.target._schema.returns)
+    results = {numbers[node]: node for node in nodes if node in numbers and not set(node.users) <= mine}
+    last_reader = {numbers[source]: node for node in operations for source in node.all_input_nodes}
+
+    names = list(dict.fromkeys(node.target._opname for node in operations))
+    body: list[int] = []
+    count = given
+    for node in operations:
+        produced = range(count, count + len(node.target._schema.returns))
+        read = {numbers[source] for source in node.all_input_nodes if source in mine}
+        unread = [i for i in sorted(read) if last_reader[i] is node] + [i for i in produced if i not in last_reader]
+        leaves = not results.keys().isdisjoint(produced)
+        body += [names.index(node.target._opname), int(leaves), *_encode(node, numbers), len(unread), *unread]
+        count = produced.stop
+
+    head = [len(names)]
+    for op in names:
+        head += [len(op), *op.encode()]
+    head += [len(results), *results]
+    root[name] = torch.tensor(head + body, dtype=torch.int64)
+    root[f"{name}_constants"] = [operator.attrgetter(node.target)(graph_module).detach() for node in constants]
+    code, held = graph.get_attr(name), graph.get_attr(f"{name}_constants")
+    call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, code))
+    for i, number in enumerate(results):
+        value = graph.call_function(operator.getitem, (call, i))
+        copies.update({node: value for node in nodes if numbers.get(node) == number})
+
+
+def _values(node: fx.Node) -> list[tuple[int, fx.Node]]:
+    """The tensors that an op gives: (which result, the node that stands for it)."""
+    if len(node.target._schema.returns) == 1:
+        return [(0, node)]
+    return [(user.args[1], user) for user in node.users if user.target is operator.getitem]
+
+
+def _encode(node: fx.Node, numbers: dict[fx.Node, int]) -> list[int]:
+    """The arguments of an op's call, in the order of its schema."""
+    code: list[int] = []
+    for i, argument in enumerate(node.target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        kind = str(argument.type)
+        if kind == "Optional[Tensor]":
+            code.append(-1 if value is None else _number(value, numbers))
+        elif kind.startswith("Optional["):
+            code += [0] if value is None else [1, *_encode_value(value, kind[len("Optional[") : -1], numbers)]
+        elif kind.startswith("List["):
+            code.append(len(value))
+            for item in value:
+                code += _encode_value(item, kind[len("List[") : -1], numbers)
+        else:
+            code += _encode_value(value, kind, numbers)
+    return code
+
+
+def _encode_value(value, kind: str, numbers: dict[fx.Node, int]) -> list[int]:
+    if kind == "Tensor":
+        return [_number(value, numbers)]
+    if kind == "float" and isinstance(value, (int, float)):
+        return list(struct.unpack("<q", struct.pack("<d", value)))
+    if kind in ("int", "bool") and isinstance(value, int):
+        return [int(value)]
+    raise _Refused(f"{value!r} for {kind}")
+
+
+def _number(value, numbers: dict[fx.Node, int]) -> int:
+    if not isinstance(value, fx.Node):
+        raise _Refused(f"{value!r} for a tensor")
+    return numbers[value]

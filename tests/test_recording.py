@@ -1,0 +1,178 @@
+"""A model that is called plainly runs as recorded: the same bytes as its graph, in a few calls; a damaged recording does no harm."""
+
+import functools
+import random
+import threading
+
+import models
+import pytest
+import torch
+from torch import fx, nn
+
+import probquant as pq
+from probquant import ops
+from probquant.compare import peak_activation_bytes
+from probquant.recording import record
+
+
+@functools.cache
+def quantized(name, **options):
+    return pq.quantize(models.build(name), [models.images(name, 8)], progress=False, **options)
+
+
+def runs_of(graph_module):
+    return [node for node in graph_module.graph.nodes if node.target is ops.run.default]
+
+
+def int8_ops_of(graph_module):
+    return [node for node in graph_module.graph.nodes if str(node.target).startswith("probquant.") and node.target is not ops.run.default]
+
+
+def equal(a, b):
+    (left, spec), (right, other) = (torch.utils._pytree.tree_flatten(x) for x in (a, b))
+    return spec == other and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {"surrogate": "gaussian"}) for name in models.MODELS), ("mobilenet", {"surrogate": "probe"}), ("yolo", {"strategy": "dynamic"})], ids=str)
+def test_recorded_and_graph_give_the_same_bytes(name, options):
+    qmodel = quantized(name, **options)
+    recorded = record(qmodel)
+    for count in (5, 1, 0):
+        inputs = models.images(name, count, seed=1) if count else tuple(x[:0] for x in models.images(name, 1))
+        assert equal(recorded(*inputs), fx.Interpreter(qmodel).run(*inputs))
+        assert equal(qmodel(*inputs), recorded(*inputs))
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "yolo"])
+def test_almost_every_op_is_recorded(name):
+    qmodel = quantized(name, surrogate="gaussian")
+    recorded = record(qmodel)
+    assert len(runs_of(recorded)) + len(int8_ops_of(recorded)) <= 3 < len(int8_ops_of(qmodel))
+
+
+def test_float_layers_between_int8_ones():
+    """Two recordings with a float layer between, a value that leaves the first and is read in it, too, and constants of both kinds."""
+
+    class Islands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+            self.offset = nn.Parameter(torch.randn(8, 1, 1))
+
+        def forward(self, x):
+            y = self.b(torch.relu(self.a(x)))
+            z = torch.sin(y) + self.offset
+            return self.c(torch.relu(self.a(z))), y, self.c(torch.relu(y)), {"offset": self.offset}
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 12, 12)
+    qmodel = pq.quantize(Islands().eval(), [x], progress=False)
+    assert len(runs_of(record(qmodel))) == 2
+    assert equal(qmodel(x), fx.Interpreter(qmodel).run(x))
+
+
+def test_nothing_to_record():
+    qmodel = pq.quantize(nn.Sequential(nn.Linear(6, 5)).eval(), [torch.randn(4, 6)], progress=False)
+    recorded = record(qmodel)
+    assert recorded is None or runs_of(recorded)
+    assert qmodel(torch.randn(2, 6)).shape == (2, 5)
+
+
+def test_the_recording_follows_the_model():
+    first, second = (pq.quantize(models.build("resnet"), [models.images("resnet", 8, seed=s)], surrogate="gaussian", progress=False) for s in (0, 5))
+    x = models.images("resnet", 2)
+    before, wanted = first(*x), second(*x)
+    assert not equal(before, wanted)
+    first.load_state_dict(second.state_dict())
+    for name, unit in second.int8_layers.named_children():
+        if hasattr(unit, "packed_weight"):
+            first.int8_layers.get_submodule(name).packed_weight = unit.packed_weight
+    assert equal(first(*x), wanted)
+    again = first.to(torch.float32)
+    assert again is first and equal(first(*x), wanted)
+    output = next(node for node in first.graph.nodes if node.op == "output")
+    with first.graph.inserting_before(output):
+        output.args = torch.fx.node.map_arg(output.args, lambda node: first.graph.call_function(torch.neg, (node,)))
+    first.recompile()
+    assert equal(first(*x), -wanted)
+
+
+def test_threads_share_a_model():
+    qmodel, x = quantized("mobilenet", surrogate="gaussian"), models.images("mobilenet", 3)
+    wanted, wrong = qmodel(*x), []
+
+    def work():
+        for _ in range(20):
+            if not equal(qmodel(*x), wanted):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_hooks_are_called():
+    qmodel, x = quantized("resnet", surrogate="gaussian"), models.images("resnet", 1)
+    seen = []
+    with torch.no_grad():
+        handle = qmodel.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            output = qmodel(*x)
+            assert len(seen) == 1 and seen[0] is output
+        finally:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_a_recording_takes_no_more_memory(name):
+    qmodel, x = quantized(name, surrogate="gaussian"), models.images(name, 4)
+    chunk = 4096  # of small tensors, which a recording keeps to its end
+    assert peak_activation_bytes(qmodel, *x) <= peak_activation_bytes(fx.Interpreter(qmodel).run, *x) + len(int8_ops_of(qmodel)) * chunk // 4
+
+
+def small():
+    """(inputs, constants, recording) of a quantize, two convolutions and a dequantize."""
+    torch.manual_seed(0)
+    qmodel = pq.quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval(), [torch.randn(4, 3, 6, 6)], surrogate="gaussian", progress=False)
+    recorded = record(qmodel)
+    (run,) = runs_of(recorded)
+    _, constants, code = run.args
+    return [torch.randn(2, 3, 6, 6)], getattr(recorded, constants.target), getattr(recorded, code.target)
+
+
+def test_damaged_recordings_do_no_harm():
+    inputs, constants, code = small()
+    wanted = ops.run(inputs, constants, code)[0]
+    rng, outcomes = random.Random(0), {True: 0, False: 0}
+    for _ in range(3000):
+        damaged = code.clone()
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            damaged[rng.randrange(len(code))] = rng.choice((-(2**63), -2, -1, 0, 1, 2, 3, rng.randrange(60), 300, 2**31, 2**40, 2**62))
+        if rng.random() < 0.2:
+            damaged = damaged[: rng.randrange(len(code))].clone()
+        try:
+            ops.run(inputs, constants, damaged)
+            outcomes[True] += 1
+        except RuntimeError:
+            outcomes[False] += 1
+    assert outcomes[False] > 1000 and outcomes[True] > 10, outcomes
+    assert torch.equal(ops.run(inputs, constants, code)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i, c, r: (i, c, r.to(torch.int32)), "recording has dtype int32, want int64"),
+        (lambda i, c, r: (i, c, r[None]), "want one contiguous dimension"),
+        (lambda i, c, r: (i, c, r[:-1]), "the recording ends within an op|of a length"),
+        (lambda i, c, r: (i, c[:-1], r), "the recording names value [0-9]+ of [0-9]+"),
+        (lambda i, c, r: ([i[0].double()], c, r), "quantize: x has dtype float64"),
+        (lambda i, c, r: ([i[0][:, :2]], c, r), "packed_weight has shape"),
+    ],
+)
+def test_what_does_not_fit_is_told(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.run(*change(*small()))
