@@ -30,12 +30,14 @@ constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a t
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 
-/// Codes of rows from their sums in memory.
+/// Codes of rows from their sums in memory, a few rows at a time.
 template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
-__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
-  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to(out, block_bytes);
-  const auto next = [&](auto count) __attribute__((always_inline)) {
-    constexpr int kRows = decltype(count)::value;
+struct RowsFromMemory {
+  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to;
+  const int32_t* sums;
+
+  template <int kRows>
+  __attribute__((always_inline)) void next() {
     __m512i acc[kRows][kBlocks];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
@@ -44,13 +46,18 @@ __attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t bl
     to.template rows<0>(acc);
     to.skip(kRows);
     sums += kRows * kBlocks * kBlockChannels;
-  };
+  }
+};
+
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
+__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
+  RowsFromMemory<kOneSample, kResidual, kClamp, kBlocks> from{{out, block_bytes}, sums};
   int left = rows;
-  for (; left >= 4; left -= 4) next(std::integral_constant<int, 4>{});
-  if (left == 3) next(std::integral_constant<int, 3>{});
-  else if (left == 2) next(std::integral_constant<int, 2>{});
-  else if (left == 1) next(std::integral_constant<int, 1>{});
-  to.finish(rows);
+  for (; left >= 4; left -= 4) from.template next<4>();
+  if (left == 3) from.template next<3>();
+  else if (left == 2) from.template next<2>();
+  else if (left == 1) from.template next<1>();
+  from.to.finish(rows);
 }
 
 using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
@@ -58,30 +65,60 @@ using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
 template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
+/// Which epilogue the products of the next tile take along: those of two blocks and one sample.
+enum class Along { none, open, relu, any, residual };
+constexpr int kAlongKinds = 5;
+
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
   int left = 0;  ///< rows
+  Along along;
   RowsEpilogue epilogue;
   int64_t block_bytes;
   const int32_t* sums;  ///< [blocks * 16] per row
-  int64_t row_sums;     ///< blocks * 16
   TileOutput out;
-  int64_t row[kTileRows];
+  int64_t row[2][kTileRows];  ///< of this tile, and of the one that is being multiplied
   const SampleConstants* samples[kTileRows];
   int64_t* counters[kTileRows];
 
-  /// Writes the codes of the next rows.
-  void finish_rows(int most) {
-    const int rows = left < most ? left : most;
-    if (rows == 0) return;
-    epilogue(out, block_bytes, sums, rows);
-    left -= rows;
-    sums += rows * row_sums;
-    out.row += rows;
-    if (!out.counters) return;
-    out.samples += rows;
-    out.counters += rows;
+  /// Writes the codes of the rows that are left.
+  void finish() {
+    if (left == 0) return;
+    epilogue(out, block_bytes, sums, left);
+    left = 0;
   }
+};
+
+/// Rows of a pending tile, four at a time.
+template <Along kAlong>
+class PendingRows {
+ public:
+  __attribute__((always_inline)) explicit PendingRows(Pending& pending) : pending_(pending), from_{{pending.out, pending.block_bytes}, pending.sums}, left_(pending.left) {}
+  __attribute__((always_inline)) void four() {
+    if (left_ < 4) return;
+    from_.template next<4>();
+    left_ -= 4;
+  }
+  __attribute__((always_inline)) void stop() {
+    const int done = pending_.left - left_;
+    from_.to.finish(done);
+    pending_.left = left_;
+    pending_.sums += done * kTileBlocks * kBlockChannels;
+    pending_.out.row += done;
+  }
+
+ private:
+  static constexpr Clamp kClamp = kAlong == Along::open ? Clamp::open : kAlong == Along::relu ? Clamp::relu : Clamp::any;
+  Pending& pending_;
+  RowsFromMemory<true, kAlong == Along::residual, kClamp, kTileBlocks> from_;
+  int left_;
+};
+template <>
+class PendingRows<Along::none> {
+ public:
+  explicit PendingRows(Pending&) {}
+  void four() {}
+  void stop() {}
 };
 
 /// How many steps of 4 inputs a tile of weights holds, of segments of so many: all of it, an equal share, or what leaves a rest.
@@ -151,26 +188,27 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void start_tile(const Tile& tile) {
-    if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) finish_pending();
+    if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) pending.finish();
     DenseEpilogue::start_tile(tile);
+    rows_of = 1 - rows_of;
+    __builtin_memcpy(pending.row[rows_of], tile.row, sizeof pending.row[0]);
     kept = 0;
     strided = part_stride(tile, 0, tile.part, stride[0]) && part_stride(tile, tile.part, tile.rows, stride[1]);
   }
 
   void run(DenseDriver& segments, const Tile& tile, const Panel& panel) {
-    const int64_t steps = (tile.box.ky1 - tile.box.ky0) * (tile.box.kx1 - tile.box.kx0) * p.layout.inputs / (4 * tile_steps) + 1;
-    rows_per_step = steps < 32 ? kTileRows : 4;
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
+    const BlockConstants* const constants = at_once && tile.one_sample ? panel_constants(panel) : nullptr;
     int32_t* const sums = held ? held : segments.partial;
     if (!held || output != Output::codes) {
       segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
         segments_complete = last && !in.partial;
-        if (!in.partial) start_sums(in, tile);
+        if (!in.partial) start_sums(in, tile, constants);
         multiply(in, tile);
       });
-      finish_pending();
+      pending.finish();
       store_sums(tile, sums, segments.partial);
     }
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
@@ -179,7 +217,7 @@ class AmxKernel : public DenseEpilogue {
     if (at_once) {
       start_pending(tile, panel, sums);
       if (!p.channel_stats && !held) return;
-      finish_pending();
+      pending.finish();
     } else {
       finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
     }
@@ -187,7 +225,7 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void end_chunk() {
-    finish_pending();
+    pending.finish();
     DenseEpilogue::end_chunk();
   }
 
@@ -210,8 +248,16 @@ class AmxKernel : public DenseEpilogue {
     return end - begin == part_rows || end == begin || tile.x[begin] + (part_rows - 1) * bytes + driver.reach(tile) <= driver.end_of_x();
   }
 
-  /// Accumulators start at the zero point's correction.
-  void start_sums(const TileInput& in, const Tile& tile) {
+  /// Accumulators start at the zero point's correction, which a tile of all taps finds among a sample's constants: a tile's load waits for
+  /// everything that was stored before it to its bytes.
+  void start_sums(const TileInput& in, const Tile& tile, const BlockConstants* constants) {
+    if (constants && in.sums_step == p.layout.block_bytes) {
+      load_tile<0>(constants[0].correction, 0);
+      if (blocks > 1) load_tile<1>(constants[1].correction, 0);
+      if (parts > 1) load_tile<2>(constants[0].correction, 0);
+      if (parts > 1 && blocks > 1) load_tile<3>(constants[1].correction, 0);
+      return;
+    }
     if (in.one_zero_point) {
       for (int j = 0; j < blocks; ++j) {
         const __m512i sums = _mm512_loadu_si512(in.weight_sums + j * in.sums_step);
@@ -310,14 +356,23 @@ class AmxKernel : public DenseEpilogue {
 
   void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes,
                       int64_t tiles) {
-    const auto run_steps = parts > 1 ? (blocks > 1 ? &AmxKernel::steps<2, 2> : &AmxKernel::steps<2, 1>) : blocks > 1 ? &AmxKernel::steps<1, 2> : &AmxKernel::steps<1, 1>;
-    (this->*run_steps)(x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles);
+    const Along along = pending.left < 4 ? Along::none : pending.along;
+    if (along == Along::none) pending.finish();
+    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles);
   }
 
-  template <int kParts, int kBlocks>
+  /// Every product of a tile takes 16 clocks; the processor sees 512 instructions ahead, and the epilogue of 32 rows has more: so some of it
+  /// stands behind each product.
+  template <int kParts, int kBlocks, Along kAlong>
   __attribute__((noinline)) void steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights,
                                        const uint8_t* weights_second, int64_t tiles) {
     const int64_t x_step = 4 * tile_steps, weights_step = tile_steps * kStreamBytes;
+    PendingRows<kAlong> rows(pending);
+    const int later = tiles == 1 ? 4 : tiles < 4 ? 2 : 1, early = tiles < 8 ? later : 0;
+    const auto some_rows = [&](int fours) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+      for (int i = 0; i < fours; ++i) rows.four();
+    };
     for (int64_t at = 0, weights_at = 0; tiles > 0; --tiles, at += x_step, weights_at += weights_step) {
       load_tile<4>(x + at, x_stride);
       load_tile<6>(weights + weights_at, kStreamBytes);
@@ -326,37 +381,44 @@ class AmxKernel : public DenseEpilogue {
         load_tile<7>(weights_second + weights_at, kStreamBytes);
         multiply_tiles<1, 4, 7>();
       }
+      some_rows(early);
       if (kParts > 1) {
         load_tile<5>(x_second + at, x_second_stride);
         multiply_tiles<2, 5, 6>();
       }
       if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
       for (int i = 0; i < ahead_lines && ahead < ahead_end; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      pending.finish_rows(rows_per_step);
+      some_rows(later);
     }
+    rows.stop();
   }
+
+  using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
+#define PROBQUANT_STEPS(parts, blocks) \
+  {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
+   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>}
+  static constexpr Steps kSteps[2][kTileBlocks][kAlongKinds] = {{PROBQUANT_STEPS(1, 1), PROBQUANT_STEPS(1, 2)}, {PROBQUANT_STEPS(2, 1), PROBQUANT_STEPS(2, 2)}};
+#undef PROBQUANT_STEPS
 
   void start_pending(const Tile& tile, const Panel& panel, const int32_t* sums) {
     pending.left = tile.rows;
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
-    pending.row_sums = panel.blocks * kBlockChannels;
     const SampleConstants& first = *samples[0];
-    pending.epilogue = (!tile.one_sample            ? kRowsEpilogues<false, true, Clamp::any>
-                        : p.residual != nullptr     ? kRowsEpilogues<true, true, Clamp::any>
-                        : first.relu                ? kRowsEpilogues<true, false, Clamp::relu>
-                        : first.open                ? kRowsEpilogues<true, false, Clamp::open>
-                                                    : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
-    const int rows = tile.one_sample ? 1 : tile.rows;
-    __builtin_memcpy(pending.row, tile.row, sizeof(int64_t) * static_cast<size_t>(tile.rows));
-    __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(rows));
-    __builtin_memcpy(pending.counters, row_counters, sizeof row_counters[0] * static_cast<size_t>(rows));
-    pending.out = {panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, pending.row, channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
+    const Along kind = p.residual ? Along::residual : first.relu ? Along::relu : first.open ? Along::open : Along::any;
+    pending.along = tile.one_sample && panel.blocks == kTileBlocks ? kind : Along::none;
+    pending.epilogue = (!tile.one_sample           ? kRowsEpilogues<false, true, Clamp::any>
+                        : kind == Along::residual ? kRowsEpilogues<true, true, Clamp::any>
+                        : kind == Along::relu     ? kRowsEpilogues<true, false, Clamp::relu>
+                        : kind == Along::open     ? kRowsEpilogues<true, false, Clamp::open>
+                                                  : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
+    if (!tile.one_sample) {
+      __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(tile.rows));
+      __builtin_memcpy(pending.counters, row_counters, sizeof row_counters[0] * static_cast<size_t>(tile.rows));
+    }
+    pending.samples[0] = samples[0];
+    pending.out = {panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, pending.row[rows_of], channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
                    pending.samples, &current, tile.one_sample ? nullptr : pending.counters};
-  }
-
-  void finish_pending() {
-    pending.finish_rows(pending.left);
   }
 
   int32_t* const held_end;
@@ -369,7 +431,7 @@ class AmxKernel : public DenseEpilogue {
   Pending pending;
   const uint8_t *ahead = nullptr, *ahead_end = nullptr;
   int ahead_lines = 0;
-  int rows_per_step = 0;
+  int rows_of = 0;  ///< of pending.row, the tile's
 
   int64_t gathered = 0, gathered_offset = 0;  ///< steps that are noted, and where their weights begin
   int64_t kept = 0;                           ///< tiles of gathered rows that are all that this tile's panels need

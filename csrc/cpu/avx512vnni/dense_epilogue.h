@@ -21,7 +21,7 @@ struct SampleConstants {
   bool relu;   ///< zero point 0, and the activation lets nothing below 0 through
   bool open;   ///< no activation
   float multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi;
-  int32_t residual_zero_point, zero_point;
+  int32_t x_zero_point, residual_zero_point, zero_point;
 
   void set(const SampleEpilogue& e, const LayerProblem& p, const PackedTrailer& weight) {
     multiplier = e.multiplier;
@@ -29,6 +29,7 @@ struct SampleConstants {
     residual_multiplier = e.residual_multiplier;
     activation_lo = e.activation_lo;
     activation_hi = e.activation_hi;
+    x_zero_point = e.x_zero_point;
     residual_zero_point = e.residual_zero_point;
     zero_point = e.y_zero_point;
     const float accumulator = static_cast<float>(p.layout.taps * p.layout.inputs) * (255.0f * 127.0f);
@@ -43,6 +44,7 @@ struct SampleConstants {
 struct BlockConstants {
   alignas(64) float scale[kBlockChannels], bias[kBlockChannels];  ///< over the output's scale
   alignas(64) int16_t floor[32], ceiling[32];                     ///< for two rows, see WordRounding
+  alignas(64) int32_t correction[kBlockChannels];                 ///< where accumulators of all taps start
   int64_t sample;
 
   void set(int64_t of, const SampleConstants& c, const BlockHeader& header) {
@@ -55,6 +57,7 @@ struct BlockConstants {
     };
     _mm512_store_si512(floor, bounds(c.activation_lo));
     _mm512_store_si512(ceiling, bounds(c.activation_hi));
+    _mm512_store_si512(correction, _mm512_mullo_epi32(_mm512_loadu_si512(header.weight_sum), _mm512_set1_epi32(-c.x_zero_point)));
   }
 };
 
@@ -102,9 +105,11 @@ struct Requantizer {
       : out(output), one(*output.samples[0]), header_bytes(block_bytes) {
     const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
     last_lanes = first_lanes16(last_channels);
-    last_bytes = last_words = 0;
+    last_bytes = ~uint64_t{0};
+    last_words = ~uint32_t{0};
+    if (last_channels < kBlockChannels) last_bytes = last_words = 0;
 #pragma GCC unroll 4
-    for (int lane = 0; lane < 4; ++lane) {
+    for (int lane = 0; lane < 4 && last_channels < kBlockChannels; ++lane) {
       const uint32_t exist = last_lanes >> (4 * lane) & 15;
       last_bytes |= static_cast<uint64_t>(exist * 0x1111) << (16 * lane);
       last_words |= exist * 0x11 << (8 * lane);
