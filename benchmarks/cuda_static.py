@@ -88,6 +88,9 @@ def loops(kernels) -> str:
         counts = classify(loop)
         others = f"{(loop.total() - counts['IMMA'] - loop['NOP']) / counts['IMMA']:.1f}" if counts["IMMA"] else "-"
         rows.append([f"{k.file}.cu", k.title, f"sm_{k.architecture}", loop.total(), *counts.values(), others])
+        if k.file == "dense" and k.tile[2] == 1:
+            gathering = k.code.gathering()
+            rows.append([f"{k.file}.cu", f"{k.title}, gathering", f"sm_{k.architecture}", gathering.total(), *classify(gathering).values(), f"{gathering.total() / counts['IMMA']:.1f}"])
     return markdown_table(["file", "kernel", "for", "instructions", *CLASSES, "other", "others per IMMA"], rows, left=3)
 
 
@@ -125,7 +128,7 @@ def roofline(network: str, batch: int, kernels, calculator) -> str:
         f"tile {s.batch} {s.height} {s.width} {s.in_channels} {s.out_channels} {s.kernel} {s.stride} {s.padding} {s.groups}" for s in shapes
     ]
     tilings = [Tiling(*answer) for answer in calculator.ask(questions)]
-    instructions = {(k.architecture, *k.tile): main_loop(k).total() for k in kernels if k.file == "dense"}
+    instructions = {(k.architecture, *k.tile): main_loop(k).total() + (k.code.gathering().total() if k.tile[2] == 1 else 0) for k in kernels if k.file == "dense"}
     rows, totals = [], [0.0] * len(DEVICES)
     for shape, tiling in zip(shapes, tilings, strict=True):
         cells = []
@@ -151,7 +154,8 @@ def page(kernels, calculator, batches) -> str:
         resources(kernels, calculator),
         "## Main loops",
         "Instructions of the loop with most `IMMA`, or, without one, of the innermost loop with most loads; once through it, per warp. A loop may be "
-        "unrolled. Attention has three such loops, this is the last of them.",
+        "unrolled. Attention has three such loops, this is the last of them. `gathering` is what a dense layer whose channels are no multiple of 8 runs "
+        "through in front of as many rounds of its main loop, within the image.",
         loops([k for k in kernels if k.architecture in {d.architecture for d in DEVICES}]),
         "## Roofline estimates",
         "**Estimates, lower bounds in microseconds**: the largest of the tensor cores' time (whole tiles, whole waves), of the time to issue the main "

@@ -45,6 +45,17 @@ class Code:
         loops = [Counter(self.opcodes[to : at + 1]) for at, to in self.jumps]
         return min((loop for loop in loops if loop[opcode]), key=lambda loop: (-loop[opcode], loop.total()), default=None)
 
+    def gathering(self):
+        """Counts of the loop without mma that has most global loads outside of the loops within it, and of nothing that these hold: of a
+        dense layer that gathers its input, what a thread runs through in front of its products where the image has no border."""
+
+        def own(at, to):
+            inside = {i for other, other_to in self.jumps if (other, other_to) != (at, to) and to <= other_to and other <= at for i in range(other_to, other + 1)}
+            return Counter(self.opcodes[i] for i in range(to, at + 1) if i not in inside)
+
+        loops = [own(at, to) for at, to in self.jumps if "IMMA" not in self.opcodes[to : at + 1]]
+        return max(loops, key=lambda loop: loop["LDG"], default=None)
+
     def inner_loop(self, opcode):
         """The same among the loops that hold no other loop."""
         inner = [(at, to) for at, to in self.jumps if not any(to <= other_to and other <= at and (other, other_to) != (at, to) for other, other_to in self.jumps)]

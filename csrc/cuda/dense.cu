@@ -2,21 +2,20 @@
 // group, K the receptive field in the packed weight's order (packed_weight.h). Linear layers are its 1x1 case.
 //
 // A block computes Tile::kRows x kColumns outputs, all of K. Its threads copy k blocks of 64 bytes per row from global to
-// shared memory, several stages ahead (cp.async), 16 bytes at a time; each thread keeps one place within the k block and so
-// walks over the kernel's taps once for all of its rows. Outside of the image it writes the sample's zero point instead, so
-// that padding needs no correction. Warps read fragments (ldmatrix, swizzled, no bank conflicts) and multiply (mma).
+// shared memory, several stages ahead (cp.async); each thread keeps one place within the k block and so walks over the kernel's
+// taps once for all of its rows. A bit per row and tap says whether that lies in the image. Outside of it a copy reads the sample's
+// zero point instead, so that padding needs no correction. Warps read fragments (ldmatrix, swizzled, no bank conflicts) and multiply (mma).
 // Then the accumulators pass through shared memory, kPassRows rows at a time, into whole rows of channels (epilogue.cuh).
 //
-// `unit`: bytes of x that are copied at once. 16 where the channels of a group are a multiple of that, and aligned; 8 likewise (the 24 and
-// 40 channels of mobile networks), each with its own place in the image: half a chunk at a time, so that banks conflict two by two and a
-// sector's other half comes from L1. 1 is for all others, above all an image's 3 channels, where a pixel
-// begins at any byte: a chunk within a row is five words and four shifts, through registers, and only at the image's border it is put
-// together byte by byte.
+// `unit`: bytes of x that are copied at once: 16 where the channels of a group are a multiple of that, and aligned; 8 likewise (the 24 and
+// 40 channels of mobile networks). 1 is for all others, above all an image's 3 channels, where a pixel begins at any byte, which no
+// cp.async can read. There x is gathered through registers, six k blocks at a time, in front of their products: a chunk within a row is
+// five words and four shifts, and only at the image's border it is put together byte by byte. The weights' copies run under it.
 //
-// Instructions per thread and stage on an sm_80, mma and others: large 64 and 111, medium 32 and 118, small 32 and 112; medium with
-// units of 8 bytes 32 and 208, of 1 byte 32 and about 320 within the image. Registers: 232, 116, 164, 114 and 114, which let 2, 3, 2, 3 and 3
-// blocks run; shared memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's arithmetic where it is
-// short, by issuing instructions where units are small.
+// Instructions per thread and two k blocks (large: one) on an sm_80, mma and others: large 64 and 99, medium 32 and 102, small 32 and 94,
+// with units of 8 bytes 32 and 128; gathered 32 and 53, in front of which 114 gather: 5.2 per mma in all. Registers: 225, 107, 154, 131 and 110,
+// which let 2, 3, 3, 3 and 3 blocks run; shared memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's
+// arithmetic where it is short, by issuing instructions where x is gathered.
 #include "epilogue.cuh"
 #include "ptx.cuh"
 #include "runtime.h"
@@ -30,31 +29,29 @@ struct Geometry {
   int32_t sample_rows, out_width, out_channels;
   int32_t in_height, row_bytes;
   int32_t stride_height, stride_bytes, padding_top, padding_bytes, dilation_height, dilation_bytes;
+  int32_t kernel_height, kernel_width;
   int32_t group_inputs, group_channels, group_blocks, column_tiles, groups;
-  int32_t row_segments, segment_inputs, segment_bytes;
-  int32_t step_bytes, step_segments, step_rows;  ///< how far one stage moves along K: kernel rows, segments of a row, bytes
-  int32_t k_blocks;
+  int32_t row_k, segment_k;          ///< bytes of K per kernel row, and per segment of the walk
+  uint32_t segment_reciprocal;       ///< 2^32 / segment_k, rounded up; 0 where a row has one segment
+  int32_t step_k, step_rows;         ///< how far one stage moves along K: kernel rows and bytes
+  int32_t segment_inputs, k_blocks;
   int64_t block_bytes;
   int64_t x_bytes;
   bool words;    ///< x is aligned to words, and a segment's bytes lie in a row as they lie in the segment
   bool vectors;  ///< see WarpEpilogue
 };
 
-/// One thread's place along K: kernel row, segment of the row, byte of the segment.
+/// One thread's place along K: a kernel row and a byte of its share of K.
 struct Walk {
-  int32_t ky, segment, byte;
+  int32_t ky, k;
 
-  __device__ Walk(const Geometry& g, int32_t k) {
-    const int32_t of_all = k / g.segment_bytes;
-    byte = k - of_all * g.segment_bytes;
-    ky = of_all / g.row_segments;
-    segment = of_all - ky * g.row_segments;
-  }
+  __device__ Walk(const Geometry& g, int32_t all) : ky(all / g.row_k), k(all - ky * g.row_k) {}
   __device__ void advance(const Geometry& g) {
-    byte += g.step_bytes, segment += g.step_segments, ky += g.step_rows;
-    if (byte >= g.segment_bytes) byte -= g.segment_bytes, ++segment;
-    if (segment >= g.row_segments) segment -= g.row_segments, ++ky;
+    k += g.step_k, ky += g.step_rows;
+    if (k >= g.row_k) k -= g.row_k, ++ky;
   }
+  /// Of the kernel row. Exact: see check_extents of layer_api.cpp.
+  __device__ int32_t segment(const Geometry& g) const { return static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(k)) * g.segment_reciprocal >> 32); }
 };
 
 /// A chunk of every zero point: what a copy reads where the image has nothing. A store of the value would do, but stores among
@@ -68,16 +65,14 @@ struct alignas(kChunk) Padding {
 };
 __device__ const Padding padding;
 
-/// One row of a tile: where its receptive field begins. A row beyond the last lies above every image.
+/// One row of a tile: where its receptive field begins. Rows beyond the last are copies of it, which nobody stores.
 struct Field {
-  int64_t offset = 0;     ///< of its first byte in x; means nothing outside of the image
-  int32_t y = INT32_MIN;  ///< row
-  int32_t x = 0;          ///< byte of that row
-  const uint8_t* outside = padding.chunks[0];
+  int64_t offset;  ///< of its first byte in x; means nothing outside of the image
+  int32_t y, x;    ///< row, and byte of that row
+  const uint8_t* outside;
 
-  __device__ Field() {}
   __device__ Field(const Geometry& g, const LayerArguments& a, int32_t row, int32_t group) {
-    if (row >= g.rows) return;
+    row = row < g.rows ? row : g.rows - 1;
     const auto sample = static_cast<int32_t>(static_cast<uint32_t>(row) / static_cast<uint32_t>(g.rows_per_sample));
     const int32_t position = visited_position(row - sample * g.rows_per_sample, g.rows_per_sample, g.sample_rows);
     const auto oy = static_cast<int32_t>(static_cast<uint32_t>(position) / static_cast<uint32_t>(g.out_width));
@@ -90,12 +85,42 @@ struct Field {
   __device__ bool holds(const Geometry& g, int32_t dy, int32_t dx) const {
     return static_cast<uint32_t>(y + dy) < static_cast<uint32_t>(g.in_height) && static_cast<uint32_t>(x + dx) < static_cast<uint32_t>(g.row_bytes);
   }
-  /// Whether a chunk from there on lies in one row, as it lies in the segment, and the words around it in x.
-  __device__ bool holds_whole(const Geometry& g, int32_t dy, int32_t dx) const {
-    return g.words && static_cast<uint32_t>(y + dy) < static_cast<uint32_t>(g.in_height) && x + dx >= 0 && x + dx <= g.row_bytes - kChunk &&
-           offset + dy * g.row_bytes + dx <= g.x_bytes - (kChunk + 4);
+
+  /// Bit ky: that kernel row lies outside of the image, or beyond the kernel; bit kColumnBit + kx: that column does.
+  static constexpr int kColumnBit = 16;
+  __device__ uint32_t outside_taps(const Geometry& g) const {
+    uint32_t bits = (0xffffu << g.kernel_height & 0xffffu) | 0xffffu << (kColumnBit + g.kernel_width);
+#pragma unroll 1
+    for (int32_t ky = 0; ky < g.kernel_height; ++ky)
+      bits |= static_cast<uint32_t>(static_cast<uint32_t>(y + ky * g.dilation_height) >= static_cast<uint32_t>(g.in_height)) << ky;
+#pragma unroll 1
+    for (int32_t kx = 0; kx < g.kernel_width; ++kx)
+      bits |= static_cast<uint32_t>(static_cast<uint32_t>(x + kx * g.dilation_bytes) >= static_cast<uint32_t>(g.row_bytes)) << (kColumnBit + kx);
+    return bits;
   }
 };
+
+/// Where the fields of several rows begin, at least and at most.
+struct Fields {
+  int32_t min_y, max_y, min_x, max_x;
+  int32_t room;  ///< bytes of x behind the first one of any field, less those of a chunk's words; as far as 32 bits go
+
+  __device__ Fields(const Geometry& g, const Field& f)
+      : min_y(f.y), max_y(f.y), min_x(f.x), max_x(f.x), room(g.words ? clamp_room(g.x_bytes - (kChunk + 4) - f.offset) : INT32_MIN) {}
+  __device__ void add(const Fields& f) {
+    min_y = min(min_y, f.min_y), max_y = max(max_y, f.max_y), min_x = min(min_x, f.min_x), max_x = max(max_x, f.max_x), room = min(room, f.room);
+  }
+  /// Whether a chunk, from `byte` of a segment on, lies in one image row in each of them, as it lies in the segment, and the words around
+  /// it in x. Bytes without weights need not lie in the row.
+  __device__ bool hold_chunk(const Geometry& g, int32_t byte, int32_t dy, int32_t dx) const {
+    const bool rows = static_cast<uint32_t>(min_y + dy) < static_cast<uint32_t>(g.in_height) && static_cast<uint32_t>(max_y + dy) < static_cast<uint32_t>(g.in_height);
+    return rows && min_x + dx >= 0 && max_x + dx <= g.row_bytes - min(g.segment_inputs - byte, kChunk) && dy * g.row_bytes + dx <= room;
+  }
+
+ private:
+  static __device__ int32_t clamp_room(int64_t v) { return static_cast<int32_t>(min(max(v, int64_t{INT32_MIN}), int64_t{INT32_MAX})); }
+};
+constexpr int64_t kMostTaps = 12;  ///< along an axis: a walk may go on for 64 bytes behind the last one, which are up to 4 rows of 16
 
 /// What the epilogue wants to know of a row.
 struct RowParameters {
@@ -106,10 +131,17 @@ struct RowParameters {
 template <class Tile, int unit>
 class Dense {
   static constexpr int kThreads = Tile::kThreads, kDepth = Tile::kDepth, kSlices = Tile::kSlices;
-  static constexpr int kChunkRows = kThreads / (kBlockK / kChunk * kDepth);  ///< rows of chunks that the block copies at once
-  static constexpr int kFields = Tile::kRows / kChunkRows;                   ///< chunks of x per thread and stage
+  static constexpr bool kGathers = unit < 8;                                  ///< x through registers, in front of its products
+  static constexpr int kCopied = kGathers ? kChunk : unit;                    ///< bytes of x that a thread moves at once
+  static constexpr int kRowUnits = kBlockK / kCopied;                         ///< of a row of a k block
+  static constexpr int kUnitRows = kThreads / (kRowUnits * kDepth);           ///< rows that the block copies at once
+  static constexpr int kFields = Tile::kRows / kUnitRows;                     ///< rows per thread and stage
   static constexpr int kColumnBlocks = Tile::kColumns / kBlockChannels;
-  static constexpr int kWeightChunks = kBlockChannels / kChunkRows;          ///< per thread, stage and 64 channels
+  static constexpr int kChunkRows = kThreads / (kBlockK / kChunk * kDepth);   ///< the same for the weights
+  static constexpr int kWeightChunks = kBlockChannels / kChunkRows;           ///< per thread, stage and 64 channels
+  static constexpr int kGatheredBytes = kGathers ? Tile::kStages * Tile::kStageXBytes : 0;  ///< what all stages have for x lies in front of them
+  static constexpr int kStageXBytes = kGathers ? 0 : Tile::kStageXBytes;
+  static constexpr int kStageBytes = kStageXBytes + Tile::kStageBytes - Tile::kStageXBytes;
   static constexpr int kRowTiles = Tile::kWarpRows / 16, kColumnTiles = Tile::kWarpColumns / 8;
   static constexpr int kRowWarps = Tile::kRows / Tile::kWarpRows, kColumnWarps = Tile::kColumns / Tile::kWarpColumns;
   static constexpr int kWidth = Tile::kColumns / 32;  ///< channels of a lane in the epilogue
@@ -117,7 +149,7 @@ class Dense {
   static constexpr int kPassRows = Tile::kRows < 64 ? Tile::kRows : 64;
   static constexpr int kAccumulatorBytes = kSlices * kPassRows * kPitch * 4;
   static_assert(kAccumulatorBytes + Tile::kRows * static_cast<int>(sizeof(RowParameters)) <= Tile::kSharedBytes, "the epilogue reuses the stages");
-  static_assert(kChunkRows % 8 == 0, "a thread's chunks are swizzled alike");
+  static_assert(kChunkRows % 8 == 0 && kUnitRows % 8 == 0, "a thread's chunks are swizzled alike");
 
  public:
   __device__ Dense(const Geometry& g, const LayerArguments& a)
@@ -141,22 +173,34 @@ class Dense {
   }
 
   __device__ void main_loop() {
-    // A thread copies always the same chunk of the same k block of a stage. 8 neighbours copy 4 chunks of 2 rows: 8 bank groups.
+    // A thread copies always the same unit of the same k block of a stage. Neighbours copy 2 whole rows: all banks, once.
     const auto thread = static_cast<int32_t>(threadIdx.x);
-    const int32_t depth = thread / 8 % kDepth, chunk = thread % 4, row = thread / 4 % 2 + thread / (8 * kDepth) * 2;
-    const int32_t linear = (thread % 8 + thread / (8 * kDepth) * 8) * kChunk;  // the same place in the image of a weight's k block
-    Walk walk(g_, depth * kBlockK + chunk * kChunk);
-    Field fields[kFields];
+    const int32_t column = thread % kRowUnits * kCopied, depth = thread / (2 * kRowUnits) % kDepth;
+    const int32_t row = thread / kRowUnits % 2 + thread / (2 * kRowUnits * kDepth) * 2;
+    Walk walk(g_, depth * kBlockK + column);
+    int64_t offsets[kFields];
+    uint32_t outside_taps[kFields];
+    const uint8_t* outside[kFields];
+    Fields fields(g_, Field(g_, a_, first_row_ + row, group_));
 #pragma unroll
-    for (int i = 0; i < kFields; ++i) fields[i] = Field(g_, a_, first_row_ + row + i * kChunkRows, group_);
-    const int32_t to_x = depth * (Tile::kRows * kBlockK) + swizzle(row, chunk), to_weight = Tile::kStageXBytes + depth * kTileBytes + linear;
+    for (int i = 0; i < kFields; ++i) {
+      const Field field(g_, a_, first_row_ + row + i * kUnitRows, group_);
+      fields.add(Fields(g_, field));
+      offsets[i] = field.offset, outside[i] = field.outside, outside_taps[i] = kGathers ? 0 : field.outside_taps(g_);
+    }
+    const int32_t to_x = depth * (Tile::kRows * kBlockK) + swizzle(row, column / kChunk) + column % kChunk;
+    const int32_t linear = (thread % (2 * kRowUnits) + thread / (2 * kRowUnits * kDepth) * (2 * kRowUnits)) * kChunk;  // within a k block of weights
+    const int32_t to_weight = kStageXBytes + depth * kTileBytes + linear;
     const uint8_t* weight[kColumnBlocks];
 #pragma unroll
     for (int i = 0; i < kColumnBlocks; ++i) weight[i] = weight_block(i) + sizeof(BlockHeader) + depth * kTileBytes + linear;
 
-    const auto copy_stage = [&](uint32_t stage) {
-      copy_fields(walk, fields, stage + to_x);
-      walk.advance(g_);
+    const auto copy_stage = [&](uint32_t stage, int32_t k_block) {
+      if (k_block + depth >= g_.k_blocks) return;
+      if constexpr (!kGathers) {
+        copy_fields(walk, offsets, outside_taps, outside, stage + to_x);
+        walk.advance(g_);
+      }
 #pragma unroll
       for (int i = 0; i < kColumnBlocks; ++i) {
 #pragma unroll
@@ -168,80 +212,96 @@ class Dense {
 
     // Stages by their address in shared memory. One group of copies per stage, empty ones too, so that "all but the latest kStages - 2" is
     // always the stage that is read next.
-    const uint32_t begin = shared_address(shared_), end = begin + Tile::kSharedBytes;
+    const uint32_t shared = shared_address(shared_), begin = shared + kGatheredBytes, end = shared + Tile::kSharedBytes;
 #pragma unroll
     for (int s = 0; s < Tile::kStages - 1; ++s) {
-      if (s * kDepth + depth < g_.k_blocks) copy_stage(begin + s * Tile::kStageBytes);
+      copy_stage(begin + s * kStageBytes, s * kDepth);
       cp_async_commit();
     }
-    uint32_t x = begin + (warp_slice() * Tile::kRows + warp_row()) * kBlockK + swizzle(lane_ % 16, lane_ / 16);
+    const uint32_t first_x = shared + (warp_slice() * Tile::kRows + warp_row()) * kBlockK + swizzle(lane_ % 16, lane_ / 16);
+    uint32_t x = first_x;
     const int32_t of_block = warp_column() % kBlockChannels * kBlockK + swizzle(lane_ % 8 + lane_ / 16 * 8, lane_ / 8 % 2);
-    uint32_t weights = begin + Tile::kStageXBytes + (warp_column() / kBlockChannels * kDepth + warp_slice()) * kTileBytes + of_block;
-    uint32_t reading = begin, writing = end - Tile::kStageBytes;
-    const int32_t copied = g_.k_blocks - depth - (Tile::kStages - 1) * kDepth, multiplied = g_.k_blocks - warp_slice();
+    uint32_t weights = begin + kStageXBytes + (warp_column() / kBlockChannels * kDepth + warp_slice()) * kTileBytes + of_block;
+    uint32_t reading = begin, writing = end - kStageBytes;
+    const auto multiply_block = [&](int d) { multiply(x + d * kSlices * Tile::kRows * kBlockK, weights + d * kSlices * kTileBytes); };
+    int32_t k_block = 0, until = g_.k_blocks;
+    do {
+      if constexpr (kGathers) {
+        if (k_block > 0) __syncthreads();  // everybody has read what was gathered before
+        until = k_block + Tile::kStages * kDepth;
+        if (until > g_.k_blocks) until = g_.k_blocks;
 #pragma unroll 1
-    for (int32_t k_block = 0; k_block < g_.k_blocks; k_block += kDepth) {
-      cp_async_wait<Tile::kStages - 2>();
-      __syncthreads();  // everybody's copies have arrived, and nobody reads the stage that is overwritten next
-      if (k_block < copied) copy_stage(writing);
-      cp_async_commit();
+        for (int32_t to = to_x, k = k_block + depth; k < until; k += kDepth, to += Tile::kStageXBytes, walk.advance(g_)) gather(walk, row, fields, offsets, to);
+        x = first_x;
+      }
+#pragma unroll 1
+      for (; k_block + kDepth <= until; k_block += kDepth) {
+        cp_async_wait<Tile::kStages - 2>();
+        __syncthreads();  // everybody's copies have arrived, and nobody reads the stage that is overwritten next
+        copy_stage(writing, k_block + (Tile::kStages - 1) * kDepth);
+        cp_async_commit();
 #pragma unroll
-      for (int d = 0; d < kDepth / kSlices; ++d)
-        if (kDepth == 1 || k_block < multiplied - d * kSlices) multiply(x + d * kSlices * Tile::kRows * kBlockK, weights + d * kSlices * kTileBytes);
-      writing = reading;  // x and weights go with it as variables of their own: nvcc would compute them anew in every round
-      reading = reading + Tile::kStageBytes == end ? begin : reading + Tile::kStageBytes;
-      x += reading - writing;
-      weights += reading - writing;
-    }
+        for (int d = 0; d < kDepth / kSlices; ++d) multiply_block(d);
+        writing = reading;  // x and weights go with it as variables of their own: nvcc would compute them anew in every round
+        reading = reading + kStageBytes == end ? begin : reading + kStageBytes;
+        x += kGathers ? Tile::kStageXBytes : reading - writing;
+        weights += reading - writing;
+      }
+    } while (until < g_.k_blocks);
     cp_async_wait<0>();
+    if (kDepth == 1 || k_block == g_.k_blocks) return;
+    __syncthreads();  // the last k blocks, fewer than a stage has
+#pragma unroll
+    for (int d = 0; d < kDepth / kSlices; ++d)
+      if (k_block + warp_slice() + d * kSlices < g_.k_blocks) multiply_block(d);
   }
 
-  __device__ void copy_fields(const Walk& walk, const Field (&fields)[kFields], uint32_t to) const {
-    const int32_t dy = walk.ky * g_.dilation_height;
-    if constexpr (unit == kChunk) {
-      const int32_t dx = walk.segment * g_.dilation_bytes + walk.byte, offset = dy * g_.row_bytes + dx;
+  __device__ void copy_fields(const Walk& walk, const int64_t (&offsets)[kFields], const uint32_t (&outside_taps)[kFields],
+                              const uint8_t* const (&outside)[kFields], uint32_t to) const {
+    const int32_t kx = walk.segment(g_), input = walk.k - kx * g_.segment_k;
+    const int64_t offset = walk.ky * g_.dilation_height * g_.row_bytes + kx * g_.dilation_bytes + input;
+    // Where a tap's channels are no multiple of a chunk, its last unit has neither weights nor channels: the column behind the kernel.
+    const bool weighted = kCopied == kChunk || input < g_.group_inputs;
+    const uint32_t taps = 1u << walk.ky | 1u << (Field::kColumnBit + (weighted ? kx : g_.kernel_width));
 #pragma unroll
-      for (int i = 0; i < kFields; ++i) {
-        const uint8_t* const inside = a_.x.q + (fields[i].offset + offset);
-        cp_async<kChunk>(to + i * kChunkRows * kBlockK, fields[i].holds(g_, dy, dx) ? inside : fields[i].outside);
-      }
-    } else {
-      // A segment is one tap, or a kernel row of them: then units go on to the next tap, `dilation_bytes` further.
-      const int32_t skipped = walk.byte / g_.group_inputs;  // taps of a joined row before the first byte
-      int32_t tap = walk.segment + skipped, input = walk.byte - skipped * g_.group_inputs;
-      if constexpr (unit > 1) {
-#pragma unroll
-        for (int b = 0; b < kChunk; b += unit) {
-          const int32_t dx = tap * g_.dilation_bytes + input, offset = dy * g_.row_bytes + dx;
-          const bool weighted = walk.byte + b < g_.segment_inputs;  // beyond lies the segment's padding, whose weights are zero
-#pragma unroll
-          for (int i = 0; i < kFields; ++i) {
-            const bool inside = weighted & fields[i].holds(g_, dy, dx);  // & and no branch: ptxas orders copies in branches with dummy loads
-            cp_async<unit>(to + i * kChunkRows * kBlockK + b, inside ? a_.x.q + (fields[i].offset + offset) : fields[i].outside);
-          }
-          input += unit;
-          if (input == g_.group_inputs) input = 0, ++tap;
-        }
-      } else {
-        const int32_t dx = tap * g_.dilation_bytes + input;
-#pragma unroll
-        for (int i = 0; i < kFields; ++i)
-          *reinterpret_cast<uint4*>(shared_ + (to - shared_address(shared_)) + i * kChunkRows * kBlockK) =
-              fields[i].holds_whole(g_, dy, dx) ? unaligned_chunk(a_.x.q + (fields[i].offset + dy * g_.row_bytes + dx)) : gathered_chunk(fields[i], walk.byte, dy, tap, input);
-      }
+    for (int i = 0; i < kFields; ++i) {
+      const uint8_t* const inside = a_.x.q + (offsets[i] + offset);
+      cp_async<kCopied>(to + i * kUnitRows * kBlockK, (outside_taps[i] & taps) == 0 ? inside : outside[i]);
     }
   }
 
-  /// 16 bytes of x from any address: the five words that have them, shifted.
-  __device__ static uint4 unaligned_chunk(const uint8_t* from) {
-    const auto misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) % 4);
-    const auto* words = reinterpret_cast<const uint32_t*>(from - misaligned);
-    const uint32_t w[5] = {words[0], words[1], words[2], words[3], words[4]}, shift = 8 * misaligned;
+  /// The chunks of x at one place of K, of rows row, row + kUnitRows, ... Those behind K's end have no weights: what they hold does not
+  /// matter, only that it is there.
+  __device__ void gather(const Walk& walk, int32_t row, const Fields& fields, const int64_t (&offsets)[kFields], int32_t to) const {
+    const int32_t ky = walk.ky < g_.kernel_height ? walk.ky : g_.kernel_height - 1, segment = walk.segment(g_);
+    const int32_t byte = walk.k - segment * g_.segment_k, dy = ky * g_.dilation_height, dx = segment * g_.dilation_bytes + byte;
+    const int64_t offset = dy * g_.row_bytes + dx;
+    if (fields.hold_chunk(g_, byte, dy, dx)) {
+#pragma unroll
+      for (int i = 0; i < kFields; ++i) *chunk_at(to + i * kUnitRows * kBlockK) = unaligned_chunk(offsets[i] + offset);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kFields; ++i) {
+      const Field field(g_, a_, first_row_ + row + i * kUnitRows, group_);  // anew: in registers all of them would be kept for this
+      *chunk_at(to + i * kUnitRows * kBlockK) =
+          Fields(g_, field).hold_chunk(g_, byte, dy, dx) ? unaligned_chunk(field.offset + offset) : gathered_chunk(field, byte, dy, segment);
+    }
+  }
+
+  __device__ uint4* chunk_at(int32_t offset) const { return reinterpret_cast<uint4*>(shared_ + offset); }
+
+  /// 16 bytes of x from any byte on: the five words that have them, shifted.
+  __device__ uint4 unaligned_chunk(int64_t offset) const {
+    const auto* words = reinterpret_cast<const uint32_t*>(a_.x.q + (offset & ~int64_t{3}));
+    const uint32_t w[5] = {words[0], words[1], words[2], words[3], words[4]}, shift = 8 * static_cast<uint32_t>(offset);  // modulo 32
     return {__funnelshift_r(w[0], w[1], shift), __funnelshift_r(w[1], w[2], shift), __funnelshift_r(w[2], w[3], shift), __funnelshift_r(w[3], w[4], shift)};
   }
 
   /// 16 bytes put together one by one, from `byte` of the segment on: at the borders of the image.
-  __device__ uint4 gathered_chunk(const Field& field, int32_t byte, int32_t dy, int32_t tap, int32_t input) const {
+  __device__ uint4 gathered_chunk(const Field& field, int32_t byte, int32_t dy, int32_t segment) const {
+    const int32_t skipped = byte / g_.group_inputs;  // taps of a joined row before it
+    int32_t tap = segment + skipped, input = byte - skipped * g_.group_inputs;
     uint32_t words[4] = {};
 #pragma unroll 1
     for (int b = 0; b < kChunk; ++b) {
@@ -340,9 +400,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) dense_kernel(co
   Dense<Tile, unit>(geometry, arguments).run(output);
 }
 
-Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t rows_per_sample, int64_t tile_columns, int64_t stage_k) {
+Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t rows_per_sample, int64_t tile_columns, int64_t stage_k, bool by_tap) {
   const auto int32 = [](int64_t v) { return static_cast<int32_t>(v); };
-  const int64_t segments = stage_k / layout.segment_bytes;
+  const int64_t row_k = layout.row_segments * layout.segment_bytes, segment_k = by_tap && layout.joined_rows ? layout.inputs : layout.segment_bytes;
   Geometry g{};
   g.rows = int32(s.batch * rows_per_sample), g.rows_per_sample = int32(rows_per_sample);
   g.sample_rows = int32(s.out_height() * s.out_width()), g.out_width = int32(s.out_width()), g.out_channels = int32(s.out_channels);
@@ -352,17 +412,18 @@ Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t
   g.dilation_height = int32(s.dilation_height), g.dilation_bytes = int32(s.dilation_width * s.in_channels);
   g.group_inputs = int32(layout.inputs), g.group_channels = int32(layout.group_channels), g.group_blocks = int32(layout.group_blocks);
   g.column_tiles = int32((layout.group_channels + tile_columns - 1) / tile_columns), g.groups = int32(s.groups);
-  g.row_segments = int32(layout.row_segments), g.segment_inputs = int32(layout.segment_inputs), g.segment_bytes = int32(layout.segment_bytes);
-  g.step_bytes = int32(stage_k % layout.segment_bytes);
-  g.step_segments = int32(segments % layout.row_segments), g.step_rows = int32(segments / layout.row_segments);
-  g.k_blocks = int32(layout.k_blocks), g.block_bytes = layout.block_bytes;
+  g.kernel_height = int32(s.kernel_height), g.kernel_width = int32(s.kernel_width);
+  g.row_k = int32(row_k), g.segment_k = int32(segment_k);
+  g.segment_reciprocal = row_k == segment_k ? 0 : static_cast<uint32_t>(((int64_t{1} << 32) + segment_k - 1) / segment_k);
+  g.step_k = int32(stage_k % row_k), g.step_rows = int32(stage_k / row_k);
+  g.segment_inputs = int32(layout.segment_inputs), g.k_blocks = int32(layout.k_blocks), g.block_bytes = layout.block_bytes;
   return g;
 }
 
 template <class Tile, int unit = kChunk>
 void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const LayerArguments& a, LayerOutput output, void* stream) {
   constexpr int64_t kWidth = Tile::kColumns / 32;
-  Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, output), Tile::kColumns, Tile::kDepth * kBlockK);
+  Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, output), Tile::kColumns, Tile::kDepth * kBlockK, unit > 1);
   g.x_bytes = shape.batch * shape.in_height * int64_t{g.row_bytes};
   g.words = aligned(a.x.q, 4) && (!layout.joined_rows || shape.dilation_width == 1);
   g.vectors = layout.group_channels % kWidth == 0 && aligned(a.y.q, kWidth) && aligned(a.residual.q, kWidth) && aligned(a.y_float, 4 * kWidth);
@@ -374,7 +435,9 @@ void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const Lay
 
 void launch_dense(const Conv2dShape& shape, const LayerArguments& a, LayerOutput output, DenseTile tile, void* stream) {
   const PackedLayout layout(weight_shape(shape));
-  const auto copies = [&](int64_t unit) { return layout.inputs % unit == 0 && aligned(a.x.q, unit); };
+  const auto copies = [&](int64_t unit) {
+    return layout.inputs % unit == 0 && aligned(a.x.q, unit) && shape.kernel_height <= kMostTaps && shape.kernel_width <= kMostTaps;
+  };
   if (!copies(kChunk)) return copies(8) ? launch_tile<MediumTile, 8>(shape, layout, a, output, stream) : launch_tile<MediumTile, 1>(shape, layout, a, output, stream);
   switch (tile) {
     case DenseTile::large: return launch_tile<LargeTile>(shape, layout, a, output, stream);

@@ -22,18 +22,22 @@ Conv2dShape normalized(Conv2dShape s) {
   return s;
 }
 
-/// What the kernels count in 32 bits: output positions, padded rows and columns, and the extent of a receptive field.
+/// What the kernels count in 32 bits: output positions, padded rows and columns, and the extent of a receptive field; and the reach of the
+/// reciprocal that finds the tap of a byte.
 void check_extents(const Conv2dShape& s) {
   constexpr int64_t kTail = 24;  // segments beyond the last tap that a walk along K may reach
   const double row = static_cast<double>(s.in_width) * static_cast<double>(s.in_channels);
   const double padded = static_cast<double>(s.in_width + s.padding_left + s.padding_right) * static_cast<double>(s.in_channels);
   const double field = static_cast<double>((s.kernel_height + kTail) * s.dilation_height) * row +
                        static_cast<double>((s.kernel_width + kTail) * s.dilation_width) * static_cast<double>(s.in_channels);
+  const int64_t tap = s.in_channels / s.groups + kChunk;
   const double positions = static_cast<double>(s.batch) * static_cast<double>(s.out_height()) * static_cast<double>(s.out_width());
   const double limit = static_cast<double>(kMax32 - 1024);
   require(positions < limit, "conv2d: batch ", s.batch, " of ", s.out_height(), " x ", s.out_width(), " outputs, CUDA kernels take fewer than 2^31 positions");
   require(padded < limit && s.in_height + s.padding_top + s.padding_bottom < kMax32 - 1024, "conv2d: input [", s.in_height, ", ", s.in_width, ", ",
           s.in_channels, "] (H, W, C): a padded row or column of more than 2^31 bytes");
+  require(s.kernel_width == 1 || static_cast<double>(s.kernel_width * tap) * static_cast<double>(tap) < 4294967296.0, "conv2d: ", s.in_channels / s.groups,
+          " inputs per group and ", s.kernel_width, " kernel columns, CUDA kernels take fewer than 2^32 columns times squared inputs");
   require(field < limit, "conv2d: a receptive field of kernel (", s.kernel_height, ", ", s.kernel_width, "), dilation (", s.dilation_height, ", ",
           s.dilation_width, ") over rows of ", s.in_width * s.in_channels, " bytes spans more than 2^31 bytes");
 }

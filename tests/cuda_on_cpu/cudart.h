@@ -28,6 +28,9 @@ struct Enqueued {
 };
 std::vector<Enqueued>& enqueued();
 
+/// Calls that a CUDA graph cannot capture: allocations, synchronization, copies that wait.
+int& uncapturable_calls();
+
 /// Checks the configuration as CUDA does and runs the grid; a cudaError_t. `key` is what cudaFuncSetAttribute names the kernel by.
 int launch(const char* name, const void* key, Size grid, Size block, unsigned most_threads, unsigned static_shared_bytes, size_t dynamic_shared_bytes,
            void* stream, const std::function<void()>& thread);

@@ -8,12 +8,16 @@
 #include <string>
 #include <vector>
 
+#include "core/front_end.h"
+#include "cuda/heuristics.h"
 #include "cudart.h"
 
 namespace {
 
 using namespace probquant;
+using cuda::DenseTile;
 using cuda_on_cpu::enqueued;
+using cuda_on_cpu::uncapturable_calls;
 
 int failures = 0;
 
@@ -89,6 +93,102 @@ struct Problem {
   void moments() { cuda::moments(y.q, kSamples, kCount, kChannels, false, y.stats, stream); }
 };
 
+/// A layer of 3x3 taps, or of one field per image, with everything that any strategy may want.
+struct Layer {
+  Conv2dShape shape;
+  LayerArguments a;
+  void* const stream = reinterpret_cast<void*>(0x5eed);
+
+  explicit Layer(bool one_field = false) {
+    shape.batch = 2, shape.in_height = shape.in_width = one_field ? 1 : 6, shape.in_channels = 5, shape.out_channels = 7;
+    shape.kernel_height = shape.kernel_width = one_field ? 1 : 3;
+    const int64_t inputs = shape.in_height * shape.in_width * shape.in_channels, outputs = shape.out_height() * shape.out_width() * shape.out_channels;
+    auto* packed = device_memory<uint8_t>(cuda::packed_weight_bytes(weight_shape(shape)));
+    auto* weight = device_memory<int8_t>(7 * 9 * 5);
+    auto* scale = device_memory<float>(7);
+    for (int i = 0; i < 7; ++i) scale[i] = 1;
+    cuda::pack_weight(weight_shape(shape), weight, scale, nullptr, nullptr, packed, stream);
+    auto* values = device_memory<float>(64);
+    for (int i = 0; i < 64; ++i) values[i] = 1;
+    auto* zero_points = device_memory<int32_t>(2);
+    auto* stats = device_memory<int64_t>(2 * stats_columns(5, true));
+    zero_points[0] = zero_points[1] = 0;
+    for (int64_t i = 0; i < 2 * stats_columns(5, true); ++i) stats[i] = 1000;
+    a.x = {device_memory<uint8_t>(2 * inputs), values, zero_points, stats, stats_columns(5, true)};
+    a.packed_weight = packed, a.predictor = values, a.y_float = device_memory<float>(2 * outputs);
+    a.y = {device_memory<uint8_t>(2 * outputs), device_memory<float>(2), device_memory<int32_t>(2), device_memory<int64_t>(2 * stats_columns(7, false)), false};
+  }
+  void run(Strategy strategy, int64_t gamma) {
+    a.strategy = strategy, a.gamma = gamma;
+    a.predictor_size = strategy == Strategy::fixed || strategy == Strategy::probe ? 2
+                       : strategy == Strategy::gaussian                           ? kGaussianPredictorSize
+                       : strategy == Strategy::gaussian_channel                   ? law_per_output_predictor_size(7)
+                       : strategy == Strategy::channel                            ? channel_predictor_size(5)
+                                                                                  : 0;
+    a.workspace = cuda::conv2d_workspace_bytes(shape, strategy, gamma) > 0 ? device_memory<uint8_t>(cuda::conv2d_workspace_bytes(shape, strategy, gamma)) : nullptr;
+    enqueued().clear();
+    const int before = uncapturable_calls();
+    cuda::conv2d(shape, a, stream);
+    expect(uncapturable_calls() == before, "conv2d allocates, copies or waits");
+    for (const auto& e : enqueued()) expect(e.stream == stream, e.what + " is on another stream");
+  }
+};
+
+/// A layer is one launch, behind one that says what its output's scale is and clears its stats. Patch sums, and a first look at the layer's
+/// range, come before that one, with the memset that clears what they add to.
+void test_layer_launches() {
+  const auto launches = [](Layer& layer, Strategy strategy, int64_t gamma) {
+    layer.run(strategy, gamma);
+    size_t memsets = 0;
+    for (const auto& e : enqueued()) memsets += e.what == "memset";
+    return std::to_string(enqueued().size() - memsets) + " + " + std::to_string(memsets);
+  };
+  const struct {
+    Strategy strategy;
+    int64_t gamma;
+    const char *wanted, *of_one_field;
+  } cases[] = {{Strategy::none, 0, "1 + 0", "1 + 0"},     {Strategy::fixed, 0, "2 + 0", "2 + 0"},
+               {Strategy::gaussian, 0, "2 + 0", "2 + 0"}, {Strategy::gaussian_channel, 0, "2 + 0", "2 + 0"},
+               {Strategy::channel, 0, "2 + 0", "2 + 0"},  {Strategy::gaussian, 2, "3 + 1", "2 + 0"},
+               {Strategy::gaussian_channel, 1, "3 + 1", "2 + 0"},
+               {Strategy::probe, 0, "3 + 1", "3 + 1"},    {Strategy::dynamic, 0, "3 + 1", "3 + 1"}};
+  Layer layer, one_field(true);
+  for (const auto& c : cases) {
+    const std::string what = "strategy " + std::to_string(static_cast<int>(c.strategy)) + ", gamma " + std::to_string(c.gamma) + ": ";
+    const std::string got = launches(layer, c.strategy, c.gamma), of_one_field = launches(one_field, c.strategy, c.gamma);
+    expect(got == c.wanted, what + got + " launches and memsets, wanted " + c.wanted);
+    expect(of_one_field == c.of_one_field, what + of_one_field + " launches and memsets of one field, wanted " + c.of_one_field);
+  }
+}
+
+void test_layer_arguments() {
+  Layer layer;
+  layer.run(Strategy::dynamic, 0);
+  layer.a.workspace = nullptr;
+  expect_error("need a workspace", false, [&] { cuda::conv2d(layer.shape, layer.a, layer.stream); });
+  layer.run(Strategy::fixed, 0);
+  layer.a.packed_weight += 8;
+  expect_error("packed_weight must be aligned to 16 bytes", false, [&] { cuda::conv2d(layer.shape, layer.a, layer.stream); });
+  layer.a.packed_weight -= 8;
+  Conv2dShape large = layer.shape;
+  large.batch = int64_t{1} << 28;
+  expect_error("fewer than 2^31 positions", false, [&] { cuda::conv2d(large, layer.a, layer.stream); });
+  large = layer.shape, large.in_width = int64_t{1} << 30;
+  expect_error("2^31", false, [&] { cuda::conv2d(large, layer.a, layer.stream); });
+  large = layer.shape, large.in_channels = 40000;
+  expect_error("40000 inputs per group and 3 kernel columns", false, [&] { cuda::conv2d(large, layer.a, layer.stream); });
+  large = layer.shape, large.batch = 0;
+  enqueued().clear();
+  cuda::conv2d(large, layer.a, layer.stream);
+  expect(enqueued().empty(), "an empty batch enqueues nothing");
+}
+
+/// Layers of ResNet-50 and ViT-B/16: whole waves of large tiles where there is work for them, K split where there is not.
+constexpr DenseTile tile_of(int64_t rows, int64_t columns, int64_t k) { return cuda::choose_dense_tile(rows, columns, 1, k / cuda::kBlockK); }
+static_assert(tile_of(32 * 56 * 56, 256, 64) == DenseTile::large && tile_of(32 * 56 * 56, 64, 576) == DenseTile::medium);
+static_assert(tile_of(56 * 56, 64, 576) == DenseTile::small && tile_of(56 * 56, 256, 64) == DenseTile::medium && tile_of(1, 1000, 2048) == DenseTile::small);
+static_assert(tile_of(197, 3072, 768) == DenseTile::medium && tile_of(32 * 197, 768, 3072) == DenseTile::large);
+
 void test_arguments() {
   Problem p;
   expect_error("workspace", false, [&] { cuda::quantize(p.x, nullptr, nullptr, p.y, nullptr, p.stream); });
@@ -119,11 +219,13 @@ void test_arguments() {
 void test_stream() {
   Problem p;
   enqueued().clear();
+  const int before = uncapturable_calls();
   p.quantize(), p.dequantize(), p.moments();
   expect(enqueued().size() >= 6, "quantize clears, measures and writes, dequantize writes, moments clears and adds");
   p.add(), p.activation(), p.concat(), p.upsample(), p.layer_norm(), p.attention();
   expect(enqueued().size() >= 21, "add and activation clear, measure and write, concat and upsampling clear and write, a norm writes, attention clears and runs thrice");
   for (const auto& e : enqueued()) expect(e.stream == p.stream, e.what + " is on another stream");
+  expect(uncapturable_calls() == before, "an op allocates, copies or waits");
 }
 
 void test_nothing_to_do() {
@@ -178,6 +280,8 @@ int main() try {
   cuda_on_cpu::options().check = false;
   test_arguments();
   test_stream();
+  test_layer_launches();
+  test_layer_arguments();
   test_nothing_to_do();
   test_device_errors();
   test_grids();

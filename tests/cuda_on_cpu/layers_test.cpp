@@ -181,6 +181,9 @@ const Conv2dShape kShapes[] = {
     conv(1, 6, 6, 48, 130, 1), conv(3, 7, 5, 64, 66, 1, 2), conv(2, 6, 7, 80, 64, 3, 1, 2, 1, 2), conv(1, 5, 5, 5, 7, 5, 1, 6),
     conv(2, 6, 6, 32, 32, 3, 1, 1, 2), conv(1, 7, 7, 24, 12, 3, 1, 1, 4), conv(1, 6, 5, 64, 128, 3, 1, 1, 4), conv(2, 4, 4, 12, 6, 2, 3, 0, 2),
     uneven(conv(2, 9, 8, 16, 12, 3, 1, 1)), uneven(conv(1, 9, 8, 3, 9, 3, 1, 1)), uneven(conv(1, 5, 9, 34, 10, 3, 1, 0, 2)), conv(3, 3, 3, 128, 40, 3, 1, 1),
+    // Units of 8 bytes: of taps, of kernel rows with a tail, dilated; and what is gathered: several times 6 k blocks, with and without a rest, 13 taps.
+    conv(1, 9, 8, 24, 40, 1), conv(2, 7, 6, 48, 34, 3, 1, 1, 2), conv(2, 7, 9, 24, 20, 3, 2, 1), uneven(conv(1, 9, 8, 40, 24, 3, 1, 1)), linear_shape(70, 1, 8, 66),
+    linear_shape(3, 1, 449, 9), conv(1, 9, 8, 21, 10, 5, 1, 2), conv(1, 5, 6, 130, 7, 3, 1, 1), conv(1, 10, 14, 16, 8, 13, 1, 6),
     conv(2, 17, 15, 16, 24, 3, 1, 1), conv(2, 9, 9, 8, 8, 3, 1, 1, 8), conv(1, 10, 7, 144, 144, 3, 2, 1, 144), conv(2, 7, 9, 5, 15, 5, 1, 2, 5),
     uneven(conv(1, 12, 11, 36, 36, 3, 1, 1, 36)), conv(1, 16, 16, 4, 4, 7, 1, 3, 4, 2), conv(2, 5, 5, 3, 6, 1, 1, 0, 3)};
 
