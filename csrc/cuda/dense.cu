@@ -10,7 +10,8 @@
 // `unit`: bytes of x that are copied at once: 16 where the channels of a group are a multiple of that, and aligned; 8 likewise (the 24 and
 // 40 channels of mobile networks). 1 is for all others, above all an image's 3 channels, where a pixel begins at any byte, which no
 // cp.async can read. There x is gathered through registers, six k blocks at a time, in front of their products: a chunk within a row is
-// five words and four shifts, and only at the image's border it is put together byte by byte. The weights' copies run under it.
+// five words and four shifts, and only at the image's border it is put together byte by byte. The weights' copies run under it. A pixel of
+// 24 bytes begins and ends within a sector, and the five words are five loads: what is read twice comes from L1.
 //
 // Instructions per thread and two k blocks (large: one) on an sm_80, mma and others: large 64 and 99, medium 32 and 102, small 32 and 94,
 // with units of 8 bytes 32 and 128; gathered 32 and 53, in front of which 114 gather: 5.2 per mma in all. Registers: 225, 107, 154, 131 and 110,

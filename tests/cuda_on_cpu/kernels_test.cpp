@@ -2,12 +2,14 @@
 // dequantize and moments, over odd shapes, layouts, dtypes and special values.
 //
 //   kernels_test [forward|backward|random] [seed]        exit status 0 if all is equal
+//   kernels_test large                                   tensors of 28 x 28 x 64, without the checker; prints the profile
 #include <probquant/cuda.h>
 
 #include "codes.h"
 #include "core/float_formats.h"
 #include "core/numerics.h"
 #include "cuda/launch.h"
+#include "memory.h"
 
 namespace {
 
@@ -134,10 +136,24 @@ const Shape kShapes[] = {{1, 1, 1, 1},   {2, 7, 5, 3},   {0, 3, 3, 3},  {3, 4, 4
                          {2, 0, 3, 4},   {2, 3, 4, 0},   {1, 33, 31, 3}, {1, 64, 48, 3}, {40, 1, 1, 17}, {1, 1, 300, 1},  {1, 9, 11, 128},
                          {3, 13, 1, 31}, {2, 1, 13, 33}, {1, 2, 700, 5}};
 
+int test_large() {
+  cuda_on_cpu::options().check = false;
+  cuda_on_cpu::options().profile = true;
+  const Shape s{1, 28, 28, 64};
+  for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+    test_quantize(s, dtype, Layout::nhwc, Values::usual, true, nullptr, nullptr);
+    test_dequantize(1, s.count(), dtype);
+  }
+  test_moments(s, true);
+  cuda_on_cpu::print_profile(stdout);
+  return cuda_on_cpu::summary(cases);
+}
+
 }  // namespace
 
 int main(int argument_count, char** arguments) try {
   cuda_on_cpu::set_order(argument_count, arguments);
+  if (argument_count > 1 && std::string(arguments[1]) == "large") return test_large();
   const DType dtypes[] = {DType::float32, DType::float16, DType::bfloat16};
   const Layout layouts[] = {Layout::nhwc, Layout::nchw, Layout::crop, Layout::mirrored};
   int turn = 0;

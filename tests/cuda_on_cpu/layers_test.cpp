@@ -195,6 +195,9 @@ int test_large() {
   test_layer(linear_shape(1, 1024, 1024, 1024), o, false);
   for (const int64_t channels : {3, 24, 64}) test_layer(conv(1, 56, 56, channels, 64, 3, 1, 1), o, channels == 64);
   test_layer(conv(1, 56, 56, 64, 64, 3, 1, 1, 64), o, false);
+  o.strategy = Strategy::dynamic;
+  test_pool(conv(1, 56, 56, 64, 64, 3, 2, 1), o, Pool::max, false, false);
+  test_pool(conv(1, 56, 56, 64, 64, 2, 2), o, Pool::average, false, false);
   cuda_on_cpu::print_profile(stdout);
   return cuda_on_cpu::summary(cases);
 }

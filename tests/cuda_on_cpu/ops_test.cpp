@@ -3,12 +3,14 @@
 // pointers.
 //
 //   ops_test [forward|backward|random] [seed]        exit status 0 if all is equal
+//   ops_test large                                   tensors of 28 x 28 x 64, without the checker; prints the profile
 #include <probquant/cuda.h>
 
 #include <cstdio>
 #include <vector>
 
 #include "codes.h"
+#include "memory.h"
 
 namespace {
 
@@ -130,10 +132,25 @@ void test_upsample(int64_t batch, int64_t height, int64_t width, int64_t channel
   compare(text("upsample", {batch, height * width, channels}, o), wanted, got);
 }
 
+int test_large() {
+  cuda_on_cpu::options().check = false;
+  cuda_on_cpu::options().profile = true;
+  const Shape s{1, 28 * 28, 64};
+  const Options o(1, Strategy::dynamic);
+  test_add(s, o);
+  test_mul(s, o, true);
+  test_activation(s, o);
+  test_concat(s, {64, 32}, o, false);
+  test_upsample(1, 28, 28, 64, 2, 2, o);
+  cuda_on_cpu::print_profile(stdout);
+  return cuda_on_cpu::summary(cases);
+}
+
 }  // namespace
 
 int main(int argument_count, char** arguments) try {
   cuda_on_cpu::set_order(argument_count, arguments);
+  if (argument_count > 1 && std::string(arguments[1]) == "large") return test_large();
   const Strategy strategies[] = {Strategy::fixed, Strategy::dynamic, Strategy::gaussian};
   uint32_t turn = 0;
   for (const Shape& s : {Shape{1, 1, 1}, Shape{2, 35, 3}, Shape{0, 4, 5}, Shape{3, 0, 7}, Shape{3, 16, 64}, Shape{2, 9, 300}, Shape{5, 1, 17}, Shape{1, 1030, 5}})

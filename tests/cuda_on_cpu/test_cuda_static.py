@@ -2,6 +2,7 @@
 below, tensor cores kept fed in the main loops. Needs nvcc, no GPU; what it says of the machine code also nvdisasm."""
 
 import importlib
+import math
 
 import machine_code
 import pytest
@@ -100,6 +101,8 @@ def test_the_benchmarks_page_is_written(compiled, monkeypatch):
     if machine_code.find_nvdisasm() is None:
         pytest.skip("no nvdisasm found (pip install nvidia-cuda-nvdisasm)")
     cuda_static = importlib.import_module("cuda_static")
+    for device in cuda_static.DEVICES:
+        assert device.source and 2 ** round(math.log2(device.per_clock)) == pytest.approx(device.per_clock, rel=2e-3), device
     monkeypatch.setattr(cuda_static, "DEVICES", [device for device in cuda_static.DEVICES if device.architecture == 80])
     page = cuda_static.page([kernel for kernel, _ in compiled(80)], compiled.calculator, [1])
     for text in ("dense_kernel<128, 128,", "attention_kernel", "estimates, lower bounds", "### ViT-B/16, batch 1", "| 3x3 56x56 64->64 relu | 3 |"):
