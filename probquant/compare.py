@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .files import replacing
+from .metrics import joined_outputs, outputs_of, sqnr
 from .model import QuantizedModel
 from .quantize import capture
 
@@ -25,22 +26,6 @@ if TYPE_CHECKING:
     from .sensitivity import Sensitivity
 
 FLOAT32 = "float32"
-_MAX_DB = 138.5  # 2 ** -46, the square of float32's resolution: no SQNR is told beyond it
-
-
-def sqnr(reference: Tensor, approximation: Tensor) -> Tensor:
-    """Signal to quantization noise ratio of each image in dB, ``float64`` [N]; both arguments are [N, ...], same shape.
-
-    10 log10(sum reference^2 / sum (approximation - reference)^2), within +-138.5 dB (what float32 can resolve); a noise
-    that is not finite counts as the largest. NaN where the reference is all zero: there is no signal to compare with.
-    """
-    if reference.shape != approximation.shape:
-        raise ValueError(f"shapes differ: reference {tuple(reference.shape)}, approximation {tuple(approximation.shape)}")
-    reference, approximation = (x.reshape(len(x), math.prod(x.shape[1:])).float() for x in (reference, approximation))
-    signal = reference.square().sum(1, dtype=torch.float64)
-    noise = (approximation - reference).square().sum(1, dtype=torch.float64).nan_to_num(nan=math.inf)
-    decibels = 10 * torch.log10(signal / noise)
-    return decibels.clamp(-_MAX_DB, _MAX_DB).where(signal > 0, torch.nan)
 
 
 def mean_and_worst1(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -298,23 +283,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _outputs(output) -> list[Tensor]:
-    """All tensors of a model's output, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    return [tensor for part in output for tensor in _outputs(part)]
-
-
-def joined_outputs(output) -> Tensor:
-    """All of a model's outputs as one float32 tensor [N, values]."""
-    tensors = _outputs(output)
-    return torch.cat([tensor.reshape(len(tensors[0]), -1).float() for tensor in tensors], dim=1)
-
-
 def _classes(output) -> Tensor | None:
-    scores = _outputs(output)[0]
+    scores = outputs_of(output)[0]
     return scores.argmax(1) if scores.dim() == 2 else None
 
 

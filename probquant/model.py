@@ -37,7 +37,8 @@ class LayerInfo:
     judged: where surrogate="auto" had a choice, the SQNR of the layer's rounded output in dB that each candidate reached on
     calibration samples (shifted ones, too) that it was not fitted to: [of the mean noise, of the worst sample] by name.
     clipped: share of its output values that saturated on the calibration images, where it was measured (see telemetry.py).
-    rounding: how its weights were rounded, unless simply to nearest.
+    rounding: how its weights were rounded, unless simply to nearest. cost, saved: where auto had a choice, what its range costs
+    over a fixed one (nanoseconds per sample, choice.py's estimate) and gains over it at the network's output (decibels, estimated).
     """
 
     name: str
@@ -53,6 +54,8 @@ class LayerInfo:
     rounding: str = ""
     gamma: int = 0
     judged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    cost: float = 0.0
+    saved: float = 0.0
 
     @property
     def choice(self) -> str:
@@ -63,14 +66,16 @@ class LayerInfo:
         best = max(self.judged, key=lambda candidate: self.judged[candidate][0])
         mean, worst = self.judged[name]
         told = f"{mean:.1f} dB, worst {worst:.1f}"
+        if self.cost > 0:
+            told += f" (for {self.cost / 1e3:.1f} us, which gain {self.saved:.2f} dB of output)"
         return f"{told}: the best" if name == best else f"{told}; {best}: {self.judged[best][0]:.1f}, {self.judged[best][1]:.1f}"
 
 
 class Summary:
     """Printable table of what is int8, what stays float, and why."""
 
-    def __init__(self, layers: list[LayerInfo]):
-        self.layers = layers
+    def __init__(self, layers: list[LayerInfo], choice: str = ""):
+        self.layers, self.choice = layers, choice
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "runs in", "output range", "per", "note")]
@@ -83,7 +88,7 @@ class Summary:
         weighted = [layer for layer in self.layers if layer.kind.startswith(("conv", "linear"))]
         done = sum(layer.int8 for layer in weighted)
         lines.append(f"{done} of {len(weighted)} layers with weights run in int8, {len(weighted) - done} stay float")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.choice] if self.choice else lines)
 
 
 @dataclasses.dataclass
@@ -158,7 +163,7 @@ class QuantizedModel(fx.GraphModule):
         return super().train(mode)
 
     def summary(self) -> Summary:
-        return Summary(self.layers)
+        return Summary(self.layers, self.meta.get("choice", ""))
 
     def capture(self, *inputs) -> tuple[Any, dict[str, Capture]]:
         """Runs the model and returns (output, {layer name: Capture})."""
@@ -272,6 +277,7 @@ def _header(qmodel: QuantizedModel) -> dict:
         "format": _FORMAT,
         "layers": [dataclasses.asdict(layer) for layer in qmodel.layers],
         "settings": qmodel.settings,
+        "choice": qmodel.meta.get("choice", ""),
         "groups": {name: unit.groups for name, unit in getattr(qmodel, _UNITS).named_children() if hasattr(unit, "groups")},
         "nodes": [_encode_node(node) for node in qmodel.graph.nodes],
         "pytree": None
@@ -333,7 +339,9 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
         p = header["pytree"]
         out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
         graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(p["arguments"], pytree.treespec_loads(p["in_spec"]), out_spec))
-    return QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"])
+    qmodel = QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"])
+    qmodel.meta["choice"] = header["choice"]
+    return qmodel
 
 
 def make_unit(leaves: dict[str, torch.Tensor], groups: int | None) -> nn.Module:

@@ -1,15 +1,19 @@
 """quantize(): from a float model and a few calibration batches to an int8 model.
 
-capture the graph (graph.py) -> choose what becomes int8 -> calibrate (surrogates.py) -> write the int8 graph (this file).
+capture the graph (graph.py) -> choose what becomes int8 -> look at what is worth what (influence.py), choose channel profiles (profiles.py)
+-> calibrate (surrogates.py) -> choose ranges (choice.py) -> write the int8 graph (this file).
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import fnmatch
 import inspect
+import math
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -17,18 +21,18 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from . import rounding, shifts, surrogates
+from . import choice, rounding, shifts, surrogates
 from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
+from .influence import Look, channel_axis, look
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
-from .profiles import apply_profiles
+from .profiles import apply_profiles, choose_powers, find_components
 from .transformer import aliases
 
 SURROGATES = ("auto", "gaussian", "gaussian_channel", "channel", "probe")
 _CALIBRATION_CHUNK = 8  # images that run through the float model at once: bounds the memory of calibration
-_HELD_IMAGES = 64  # images that are gone through more than once, for channel profiles and clipped shares; held in memory
+_HELD_IMAGES = 64  # images that are gone through more than once, for channel profiles, auto's choice and clipped shares; held in memory
 _FLOAT = "float_layers."  # where the tensors of float layers live in the int8 model
-_PREDICTOR_SHARE = 0.02  # of the weights' bytes that the predictors which auto chooses may take
 _CALIBRATION_TOKENS = 64  # tokens of a chunk that a per-token layer is fitted to, evenly spaced
 
 
@@ -56,10 +60,9 @@ def quantize(
         scales), or "dynamic" (exact minimum and maximum of every finished output).
     surrogate: how the probabilistic strategy predicts. "gaussian": the paper's, one law for all weights of a layer;
         "gaussian_channel": one law per output channel; "channel": one per input channel, from the input's channel moments;
-        "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, and a fixed range, on
-        the calibration samples and on shifted copies of them, and takes for every layer the cheapest one that does about as
-        well as the best on samples that it was not fitted to. channel is for convolutions; gaussian stands in elsewhere. A
-        probe of a token sees all of it: the exact range, which is what auto takes for transformers where laws are too coarse.
+        "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, fixed ranges and exact ones, on
+        the calibration samples and on shifted copies of them, and takes the cheapest assignment whose network has the output that
+        exact ranges everywhere give, with little lost (choice.py). channel is for convolutions; gaussian stands in elsewhere.
     gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
         (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
         0 and this stride (4, if it is 0).
@@ -67,7 +70,7 @@ def quantize(
     percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
-        probabilistic strategy; static and dynamic quantization are then what is commonly meant by it.
+        probabilistic strategy, unless its surrogate does better without; static and dynamic quantization are then what is commonly meant by it.
     weight_rounding: "nearest", or "gptq": each weight makes up for the rounding of others, by the second moments of the layer's
         inputs (rounding.py); calibration takes longer. Layers too large for that are rounded to nearest, and say so in the summary.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
@@ -93,7 +96,8 @@ def quantize(
     graph_module = trace(model, example)
     settings = {
         "strategy": strategy, "surrogate": surrogate, "gamma": gamma, "criterion": criterion, "percentile": percentile,
-        "bias_correction": bool(bias_correction), "channel_profile": strategy == "probabilistic" if channel_profile is None else bool(channel_profile),
+        "bias_correction": bool(bias_correction),
+        "channel_profile": bool(channel_profile) if channel_profile is not None or strategy != "probabilistic" else None,
         "weight_rounding": weight_rounding,
     }  # fmt: skip
     chunks = inputs_in_chunks(chain([example], inputs))
@@ -114,14 +118,44 @@ def quantize_graph(
     if not any(unit.int8 and unit.is_layer for unit in units):
         reasons = {unit.reason for unit in units if unit.is_layer} or {"it has no convolution or linear layer"}
         raise ValueError(f"probquant: nothing to quantize in the model: {'; '.join(sorted(reasons))}")
-    profiles = {}
-    if settings["channel_profile"]:
-        held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
-        profiles = apply_profiles(graph_module, units, iter(held))
-        chunks = chain(held, chunks)
-    plans = [_Plan(unit, settings) for unit in units if unit.int8]
-    _calibrate(graph_module, plans, profiles, chunks, settings, progress)
-    return _Writer(graph_module, units, plans, settings, profiles).write()
+    auto = settings["strategy"] == "probabilistic" and settings["surrogate"] == "auto"
+    if not auto and settings["channel_profile"] is False:
+        variant = _Variant.of(units, settings)
+        _calibrate(graph_module, [variant], chunks, progress)
+        return variant.write(graph_module)
+
+    held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
+    shifted = _Shifter(held[0])
+    seen = look(graph_module, *_looked_at(units), tqdm(held, desc="looking", unit=" chunks", disable=not progress), shifted)
+    plain, profiles = [copy.copy(unit) for unit in units], {}
+    for unit in plain:
+        unit.options = dict(unit.options)
+    if settings["channel_profile"] is not False:
+        components = find_components(units)
+        profiles = apply_profiles(components, choose_powers(components, seen), seen)
+    variants = [_Variant.of(units, settings, profiles)]
+    if profiles and (auto or settings["channel_profile"] is None):  # what has to be reached without them: by exact ranges, or the surrogate itself
+        variants.append(_Variant.of(plain, {**settings, "strategy": "dynamic"} if auto else settings))
+    _calibrate(graph_module, variants, chain(held, chunks), progress, shifted if auto else None)
+    if auto:
+        return _choose_ranges(graph_module, variants[0], variants[-1], seen, choice.Judges(graph_module, held, shifted), progress)
+    qmodels = [variant.write(graph_module) for variant in variants]
+    if len(qmodels) > 1:  # a profile may cost a surrogate more than it gains
+        judges = choice.Judges(graph_module, held, shifted)
+        with_profiles, without = (judges.decibels(lambda half, qmodel=qmodel: qmodel) for qmodel in qmodels)
+        if not choice.better(with_profiles, without):
+            return qmodels[1]
+    return qmodels[0]
+
+
+def _looked_at(units: list[Unit]) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+    """The tensors around int8 units and where they have their channels; those that are asked for nothing but what noise in them is worth."""
+    axes, whole = {}, set()
+    for unit in units:
+        if unit.int8:
+            axes |= {node: channel_axis(node, unit) for node in (*unit.inputs, unit.anchor, unit.output)}
+            whole |= {*unit.inputs, unit.output}
+    return axes, axes.keys() - whole
 
 
 def capture(model: nn.Module, *inputs, like: QuantizedModel | None = None) -> tuple[Any, dict[str, Capture]]:
@@ -258,20 +292,20 @@ def _alike(a: tuple, b: tuple) -> bool:
 
 
 def _strategies(unit: Unit, settings: dict) -> list[tuple[Strategy, int]]:
-    """What may give the unit's output its range, with its gamma; where there is a choice, cheapest first."""
+    """What may give the unit's output its range, with its gamma; several where auto chooses."""
     if not unit.quantized_output or unit.kind in PASSES_THROUGH:
         return [(Strategy.NONE, 0)]
     if settings["strategy"] != "probabilistic" or unit.kind in ("layer_norm", "attention"):  # whose rows are whole before they leave L1: exact ranges are free
         return [(Strategy.FIXED if settings["strategy"] == "static" else Strategy.DYNAMIC, 0)]
     if not unit.is_layer:
-        choice = unit.kind in ("add", "mul") and settings["surrogate"] == "auto"
-        return [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)] if choice else [(Strategy.GAUSSIAN, 0)]
+        several = unit.kind in ("add", "mul") and settings["surrogate"] == "auto"
+        return [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0), (Strategy.DYNAMIC, 0)] if several else [(Strategy.GAUSSIAN, 0)]
     surrogate, gamma, convolution = settings["surrogate"], settings["gamma"], unit.kind == "conv2d"
     if surrogate == "auto":
         found = [(Strategy.FIXED, 0), (Strategy.GAUSSIAN, 0)]
         if convolution:
-            found += [(Strategy.GAUSSIAN_CHANNEL, 0), (Strategy.CHANNEL, 0), (Strategy.GAUSSIAN, gamma or 4)]
-        return [*found, (Strategy.PROBE, 0)]  # of a token: its exact range, which costs less than a law for each of its outputs
+            found += [(Strategy.GAUSSIAN_CHANNEL, 0), (Strategy.CHANNEL, 0), (Strategy.GAUSSIAN, gamma or 4), (Strategy.PROBE, 0)]
+        return [*found, (Strategy.DYNAMIC, 0)]
     if surrogate == "channel" and not convolution:
         return [(Strategy.GAUSSIAN, 0)]
     if surrogate in ("channel", "probe"):
@@ -286,9 +320,12 @@ class _Plan:
         self.unit = unit
         self.settings = settings
         strategies = _strategies(unit, settings)
-        self.strategy, self.gamma = strategies[0]  # with several, finish() chooses
+        self.strategy, self.gamma = strategies[0]  # of several, take() takes one
         self.predictor: dict[str, float] = {}
         self.judged: dict[str, list[float]] = {}
+        self.cost, self.saved = 0.0, 0.0  # of the choice over a fixed range: nanoseconds per sample, decibels at the network's output
+        self.sizes = (0, 0)  # values of a sample's output and inputs
+        self.laws: dict[Strategy, torch.Tensor] = {}  # predictors of width 1
         self.leaves: dict[str, torch.Tensor] = {}
         self.correlation = surrogates.CorrelationFit()
         self.input_fit = surrogates.StaticFit()
@@ -315,9 +352,7 @@ class _Plan:
         self.static_fit = surrogates.StaticFit() if self.strategy is Strategy.FIXED and len(strategies) == 1 else None
         self.candidates: list[surrogates.Candidate] = []
         if settings["strategy"] == "probabilistic" and (unit.is_layer or unit.kind in ("add", "mul")) and self.strategy is not Strategy.NONE:
-            for strategy, gamma in strategies:
-                fit = surrogates.RangeFit(surrogates.MARGINS, 0.1) if strategy is Strategy.PROBE else surrogates.RangeFit()
-                self.candidates.append(surrogates.Candidate(strategy, gamma, fit))
+            self.candidates = [surrogates.Candidate.of(*one) for one in strategies]
         self.channel_fit = None
         if any(candidate.strategy is Strategy.CHANNEL for candidate in self.candidates) and not surrogates.is_depthwise(unit.weight, unit.options["groups"]):
             self.channel_fit = surrogates.ChannelFit(self.float_weight(), self.over_profile(unit.bias), unit.options["groups"])
@@ -337,13 +372,22 @@ class _Plan:
         """Values per output channel in units of the output's profile."""
         return values if values is None or self.unit.output_profile is None else values / self.unit.output_profile
 
-    def predictor_values(self, strategy: Strategy, first: float, second: float) -> torch.Tensor:
+    def predictor_values(self, strategy: Strategy, first: float, second: float) -> torch.Tensor | None:
         """The predictor of a strategy with these widths (alpha and beta; below and above; for a fixed range, lo and hi)."""
+        if strategy is Strategy.DYNAMIC:
+            return None
         if strategy is Strategy.FIXED:
             return surrogates.static_predictor(first, second)
         if strategy is Strategy.PROBE:
             return torch.tensor([first, second], dtype=torch.float32)
-        head = torch.tensor([first, second, self.correlation.fit()], dtype=torch.float32)
+        if strategy not in self.laws:
+            self.laws[strategy] = self._law(strategy)
+        predictor = self.laws[strategy].clone()
+        predictor[0], predictor[1] = first, second
+        return predictor
+
+    def _law(self, strategy: Strategy) -> torch.Tensor:
+        head = torch.tensor([1.0, 1.0, self.correlation.fit()], dtype=torch.float32)
         if self.unit.kind in ("add", "mul"):
             return head[: {"add": 3, "mul": 2}[self.unit.kind]]
         weight, bias = self.float_weight(), self.over_profile(self.leaves.get("bias"))
@@ -352,9 +396,10 @@ class _Plan:
             return torch.cat([head, surrogates.channel_laws(weight, bias, self.unit.options["groups"], *factors)])
         return torch.cat([head, surrogates.weight_laws(weight, bias, strategy is Strategy.GAUSSIAN_CHANNEL)])
 
-    def prepare(self, values: dict[fx.Node, torch.Tensor]) -> None:
-        """Learns from the first chunk what must be known before ranges can be predicted."""
+    def prepare(self, values: dict[fx.Node, torch.Tensor], images: int) -> None:
+        """Learns from the first chunk, of so many images, what must be known before ranges can be predicted."""
         unit = self.unit
+        self.sizes = tuple(sum(values[node].numel() for node in nodes) // images for nodes in ([unit.output], unit.inputs))
         if not self.candidates:
             return
         self.limit = max(self.limit, float(values[unit.output].abs().max()))
@@ -401,7 +446,9 @@ class _Plan:
             residual_codes = () if residual is None else ops.quantize(residual.to(memory_format=torch.channels_last))
         for candidate in self.candidates:
             strategy = candidate.strategy
-            if strategy is Strategy.PROBE:
+            if strategy is Strategy.DYNAMIC:
+                ranges = surrogates.exact_ranges(outputs)
+            elif strategy is Strategy.PROBE:
                 ranges = surrogates.probe_ranges(y, *act)
             else:
                 if strategy is Strategy.FIXED:
@@ -433,70 +480,144 @@ class _Plan:
         return torch.stack([mean_a + mean_b, variance.sqrt()], 1)[:, None]
 
     def finish(self) -> None:
-        """Fixes the bias and the range's predictor; with several candidates for it, choose_candidates() has chosen one."""
+        """Fixes the weights, and the range where there is no choice."""
         criterion, percentile = self.settings["criterion"], self.settings["percentile"]
         if self.rounding_fit is not None:
             self.leaves["weight"] = self.rounding_fit.fit(self.unit.weight, self.leaves["weight_scale"])
         if self.bias_fit is not None:
             correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"])
             self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
+        self.laws.clear()
         if self.static_fit is not None:
             lo, hi = self.static_fit.fit(criterion, percentile)
             self.leaves["fixed"] = self.predictor_values(Strategy.FIXED, lo, hi)
             self.predictor = {"lo": lo, "hi": hi}
-        for candidate in self.candidates:
-            if (candidate.strategy, candidate.gamma) == (self.strategy, self.gamma):
-                self._finish_range(*candidate.fit.fit(criterion, percentile))
+        if len(self.candidates) == 1:
+            self.take(0)
         if self.settings["strategy"] == "static" and self.unit.is_layer:
             self.leaves["fixed_input"] = surrogates.static_predictor(*self.input_fit.fit(criterion, percentile))
 
-    def _finish_range(self, first: float, second: float) -> None:
-        names = {Strategy.FIXED: ("lo", "hi"), Strategy.PROBE: ("below", "above")}.get(self.strategy, ("alpha", "beta"))
-        if self.strategy is Strategy.FIXED:
-            unit, (mean, sigma) = self.unit, surrogates.fixed_law(self.limit)[0]
-            ends = mean - first * sigma, mean + second * sigma
-            first, second = map(float, surrogates.activation_image(*ends, unit.activation, unit.activation_min, unit.activation_max, unit.output_profile))
+    def take(self, number: int) -> None:
+        """Takes one of the candidates, fitted to all samples."""
+        candidate = self.candidates[number]
+        self.strategy, self.gamma = candidate.strategy, candidate.gamma
+        if self.strategy is Strategy.DYNAMIC:
+            return
+        first, second = self._ends(candidate, *candidate.fit.fit(self.settings["criterion"], self.settings["percentile"]))
         self.leaves["fixed" if self.strategy is Strategy.FIXED else "predictor"] = self.predictor_values(self.strategy, first, second)
+        names = {Strategy.FIXED: ("lo", "hi"), Strategy.PROBE: ("below", "above")}.get(self.strategy, ("alpha", "beta"))
         self.predictor = dict(zip(names, (first, second), strict=True))
         if names[0] == "alpha" and (self.unit.residual is not None or self.unit.kind == "add"):
             self.predictor["rho"] = self.correlation.fit()
 
+    def _ends(self, candidate: surrogates.Candidate, first: float, second: float) -> tuple[float, float]:
+        """Fitted widths as predictor_values() takes them: of a fixed range, its ends."""
+        if candidate.strategy is not Strategy.FIXED:
+            return first, second
+        unit, (mean, sigma) = self.unit, surrogates.fixed_law(self.limit)[0]
+        ends = mean - first * sigma, mean + second * sigma
+        return tuple(map(float, surrogates.activation_image(*ends, unit.activation, unit.activation_min, unit.activation_max, unit.output_profile)))
 
-def _choose_candidates(plans: list[_Plan], settings: dict) -> None:
-    """Takes for every unit with a choice the cheapest candidate that is good enough, as long as the predictors stay small.
+    def trial(self, number: int, half: int) -> dict[str, Any]:
+        """Keyword arguments of the op for a candidate's range, fitted to the samples of the other half."""
+        candidate = self.candidates[number]
+        widths = self._ends(candidate, *candidate.fit.fit_without(half, self.settings["criterion"], self.settings["percentile"]))
+        given = {"strategy": int(candidate.strategy), "predictor": self.predictor_values(candidate.strategy, *widths)}
+        return {**given, "gamma": candidate.gamma} if candidate.gamma else given
 
-    Predictors may take _PREDICTOR_SHARE of the bytes of all weights; where they would take more, those that win the least
-    per byte give way to the next candidate.
-    """
-    criterion, percentile = settings["criterion"], settings["percentile"]
-    judgements = {id(p): surrogates.Judgement.of(p.candidates, criterion, percentile) for p in plans if len(p.candidates) > 1}
-    sizes = {id(p): [4 * p.predictor_values(c.strategy, 1.0, 1.0).numel() for c in p.candidates] for p in plans if id(p) in judgements}
-    allowed = {key: list(range(len(judgement.excess))) for key, judgement in judgements.items()}
-    budget = _PREDICTOR_SHARE * sum(plan.unit.weight.numel() for plan in plans if plan.unit.is_layer)
-    while True:
-        chosen = {key: judgement.choose(allowed[key]) for key, judgement in judgements.items()}
-        if sum(sizes[key][i] for key, i in chosen.items()) <= budget:
-            break
-        givers = []
-        for key, i in chosen.items():
-            rest = [j for j in allowed[key] if sizes[key][j] < sizes[key][i]]
-            if rest:
-                loss = max(judgements[key].excess[judgements[key].choose(rest)] - 1.0, 0.0)
-                givers.append((loss / (sizes[key][i] - min(sizes[key][j] for j in rest)), key, rest))
-        if not givers:
-            break
-        _, key, allowed[key] = min(givers, key=lambda giver: giver[0])
-    for plan in plans:
-        if id(plan) in chosen:
-            candidate = plan.candidates[chosen[id(plan)]]
-            plan.strategy, plan.gamma, plan.judged = candidate.strategy, candidate.gamma, judgements[id(plan)].decibels
+    def options(self, price: float) -> list[choice.Option]:
+        """price: what noise over signal of its codes is worth at the output, as a share of the noise there. Notes how each candidate did."""
+        result = []
+        for candidate in self.candidates:
+            mean, worst = candidate.fit.judge(self.settings["criterion"], self.settings["percentile"])
+            self.judged[candidate.name] = [-10 * math.log10(max(part, 1e-14)) if part < math.inf else -140.0 for part in (mean, worst)]
+            predictor = self.predictor_values(candidate.strategy, 1.0, 1.0)
+            size = 0 if predictor is None else 4 * predictor.numel()
+            result.append(choice.Option(price * min(mean, 1e30), choice.cost(candidate, *self.sizes, self.unit), size))
+        return result
 
 
-def _calibrate(graph_module, plans: list[_Plan], profiles: dict[fx.Node, torch.Tensor], chunks: Iterable[tuple], settings: dict, progress: bool) -> None:
-    if not any(plan.learns for plan in plans):
-        return
-    # What the codes stand for is a tensor over its profile; so is what the layer computes before a residual and the activation.
-    profiles = profiles | {plan.unit.anchor: profiles[plan.unit.output] for plan in plans if plan.unit.is_layer and plan.unit.output in profiles}
+@dataclasses.dataclass
+class _Variant:
+    """One way to quantize the model: units, with or without profiles, and what calibration learns for them."""
+
+    units: list[Unit]
+    settings: dict[str, Any]
+    profiles: dict[fx.Node, torch.Tensor]
+    plans: list[_Plan]
+
+    @staticmethod
+    def of(units: list[Unit], settings: dict[str, Any], profiles: dict[fx.Node, torch.Tensor] | None = None) -> _Variant:
+        return _Variant(units, settings, profiles or {}, [_Plan(unit, settings) for unit in units if unit.int8])
+
+    def write(self, graph_module: fx.GraphModule) -> QuantizedModel:
+        return _Writer(graph_module, self.units, self.plans, self.settings, self.profiles).write()
+
+    def values(self, values: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+        """Of the float graph's values what the codes stand for: tensors over their profiles, and so what a layer computes before a residual
+        and the activation."""
+        over = self.profiles | {plan.unit.anchor: self.profiles[plan.unit.output] for plan in self.plans if plan.unit.is_layer and plan.unit.output in self.profiles}
+        return {node: value / over[node] if node in over else value for node, value in values.items()}
+
+
+def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
+    """The model of `variant` with the ranges that auto takes; `rival` has exact ranges everywhere, and no profiles (it may be the same)."""
+    plans = [plan for plan in variant.plans if len(plan.candidates) > 1]
+    if not plans:
+        return variant.write(graph_module)
+    options = [plan.options(price) for plan, price in zip(plans, _prices(variant, plans, rival, seen), strict=True)]
+    exact = [len(plan.candidates) - 1 for plan in plans]
+    budget = choice.PREDICTOR_SHARE * sum(plan.unit.weight.numel() for plan in variant.plans if plan.unit.is_layer)
+    cheapest, steps = choice.ladder(options, exact, budget)
+    for plan, number in zip(plans, exact, strict=True):
+        plan.take(number)
+    trial = choice.Trial(variant.write(graph_module), {plan.unit.name for plan in plans if any(c.strategy is Strategy.CHANNEL for c in plan.candidates)})
+
+    def decibels(chosen: list[int]) -> torch.Tensor:
+        bar.update()
+        ranges = [{plan.unit.name: plan.trial(i, half) for plan, i in zip(plans, chosen, strict=True)} for half in (0, 1)]
+        return judges.decibels(lambda half: trial.with_ranges(ranges[half]))
+
+    with tqdm(desc="choosing", unit=" networks", disable=not progress) as bar:
+        profiled = decibels(exact)
+        without = profiled
+        if rival is not variant:
+            qmodel = rival.write(graph_module)
+            without = judges.decibels(lambda half: qmodel)
+        wanted = choice.Target.of(without, profiled)
+        count = choice.fewest(lambda count: wanted.reached(decibels(choice.climb(cheapest, steps, count))), len(steps))
+        chosen = choice.climb(cheapest, steps, count)
+        reached = decibels(chosen)
+    for plan, i, option in zip(plans, chosen, options, strict=True):
+        plan.take(i)
+        plan.cost = option[i].cost
+        plan.saved = 10 * math.log10(1 + max(option[0].noise - option[i].noise, 0.0))
+    qmodel = variant.write(graph_module)
+    qmodel.meta["choice"] = choice.told(without, profiled, reached, count, len(steps), sum(plan.cost for plan in plans))
+    return qmodel
+
+
+def _prices(variant: _Variant, plans: list[_Plan], rival: _Variant, seen: Look) -> list[float]:
+    """For each plan: what noise over signal of its codes makes of noise at the network's output, as a share of what the rival leaves there."""
+
+    def usual(plan: _Plan) -> torch.Tensor:
+        rounded = plan.strategy is not Strategy.NONE and plan.unit.kind not in PASSES_THROUGH
+        noise = seen.seen[plan.unit.output].rounding() if rounded else torch.zeros(len(seen.weighed), dtype=torch.float64)
+        return noise + (seen.weight_noise(plan.unit, 1.0, slice(None)) if plan.unit.is_layer else 0.0)
+
+    def price(plan: _Plan) -> torch.Tensor:
+        profile = variant.profiles.get(plan.unit.output)
+        return seen.seen[plan.unit.output].price(1.0 if profile is None else profile.reshape(-1).double())
+
+    total = sum(usual(plan) for plan in rival.plans)[seen.weighed].clamp(min=1e-30)
+    return [float((price(plan)[seen.weighed] / total).mean()) for plan in plans]
+
+
+def _calibrate(
+    graph_module: fx.GraphModule, variants: list[_Variant], chunks: Iterable[tuple], progress: bool, shifted: Callable[[tuple, int], list[tuple]] | None = None
+) -> None:
+    """Shows every chunk to the plans of all variants, and shifted copies of it, if there are any; then finishes them."""
+    plans = [plan for variant in variants for plan in variant.plans]
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
     def run(inputs: tuple) -> dict[fx.Node, torch.Tensor]:
@@ -506,33 +627,33 @@ def _calibrate(graph_module, plans: list[_Plan], profiles: dict[fx.Node, torch.T
             def run_node(self, node):
                 result = super().run_node(node)
                 if node in needed:
-                    values[node] = result / profiles[node] if node in profiles else result
+                    values[node] = result
                 return result
 
         Observer(graph_module).run(*inputs)
         return values
 
-    shift, number = None, 0
+    number = 0
+    learns = any(plan.learns for plan in plans)
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
-        for chunk in chunks:
-            versions = [chunk]
-            if settings["strategy"] == "probabilistic" and settings["surrogate"] == "auto":
-                shift = shift or _Shifter(chunk)
-                versions += shift(chunk, number)
-            if number == 0:
-                for inputs in versions:
-                    values = run(inputs)
-                    for plan in plans:
-                        plan.prepare(values)
+        for chunk in chunks if learns else ():
+            versions = [chunk, *(shifted(chunk, number) if shifted else ())]
+            for inputs in versions if number == 0 else ():
+                raw = run(inputs)
+                for variant in variants:
+                    values = variant.values(raw)
+                    for plan in variant.plans:
+                        plan.prepare(values, chunk[0].shape[0])
             for inputs in versions:
-                values = run(inputs)
-                for plan in plans:
-                    if inputs is chunk:
-                        plan.observe(values)
-                    plan.try_ranges(values, number)
+                raw = run(inputs)
+                for variant in variants:
+                    values = variant.values(raw)
+                    for plan in variant.plans:
+                        if inputs is chunk:
+                            plan.observe(values)
+                        plan.try_ranges(values, number)
             number += chunk[0].shape[0]
             bar.update(chunk[0].shape[0])
-    _choose_candidates(plans, settings)
     for plan in plans:
         plan.finish()
 
@@ -767,7 +888,7 @@ class _Writer:
         strategy = "passes through" if unit.kind in PASSES_THROUGH else "float32 output" if plan.strategy is Strategy.NONE else plan.strategy.name.lower()
         return LayerInfo(
             unit.name, unit.kind, True, "", strategy, "image" if self.per_image(unit) else "token", " + ".join(fused), unit.output.name, plan.predictor,
-            gamma=plan.gamma, judged=plan.judged, rounding=plan.rounding,
+            gamma=plan.gamma, judged=plan.judged, rounding=plan.rounding, cost=plan.cost, saved=plan.saved,
         )
 
     def per_image(self, unit: Unit) -> bool:

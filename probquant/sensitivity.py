@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .compare import joined_outputs, latency, percent, sqnr, text_table
+from .compare import latency, percent, text_table
 from .graph import trace
+from .metrics import joined_outputs, sqnr
 from .model import QuantizedModel
 from .quantize import inputs_in_chunks, model_inputs, quantize, quantize_graph
 

@@ -1,5 +1,7 @@
 """Channel profiles: which tensors can have one, that the network stays what it computes, and when one is chosen."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ import probquant as pq
 from probquant import profiles
 from probquant.compare import sqnr
 from probquant.graph import choose_int8, find_units, trace
-from probquant.profiles import Component, _Observation, find_components
+from probquant.influence import Look, Seen
+from probquant.profiles import Component, find_components
 
 
 class Net(nn.Module):
@@ -148,22 +151,39 @@ def test_a_residual_of_a_float_output_has_none():
         assert float(sqnr(model(images(8)), qmodel(images(8))).mean()) > 30
 
 
-def observed(largest: torch.Tensor) -> _Observation:
-    seen = _Observation(1)
-    seen.update(torch.stack([largest, torch.zeros_like(largest)], 2)[..., None])
-    seen.finish()
-    return seen
+def powers(component: Component, largest: torch.Tensor) -> list[float]:
+    """Chosen for samples whose channels reach `largest` [samples, channels], in a network of two layers."""
+    (node,), (unit,) = component.tensors, component.consumers
+    largest, weight = largest.double(), unit.weight.double().flatten(1, 2)
+    zeros, ones = torch.zeros_like(largest), torch.ones_like(largest)
+    x = Seen(zeros, largest, zeros, largest**2 / 3, ones, ones, weight.square().sum((0, 1)).expand_as(largest), ones)
+    outputs = torch.ones(len(largest), len(weight), dtype=torch.float64)
+    y = Seen(*[outputs] * len(dataclasses.fields(Seen)))
+    count = len(largest)
+    look = Look(torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), {node: x, unit.anchor: y})
+    return profiles.choose_powers([component], look)
 
 
 def test_no_power_from_one_image_and_little_where_channels_change_from_image_to_image():
-    (component, *_) = [c for c in components(net(lambda a, b: F.silu(a))) if len(c.consumers) == 1]
-    (node,) = component.tensors
+    (component, *_) = [c for c in components(uneven(net(lambda a, b: F.silu(a)))) if len(c.consumers) == 1]
     generator = torch.Generator().manual_seed(0)
     steady = 2.0 ** torch.linspace(0, 5, 8).expand(12, -1)
-    assert profiles.choose_power(component, {node: observed(steady[:1])}) == 0.0
-    assert profiles.choose_power(component, {node: observed(steady)}) > 0.5
+    assert powers(component, steady[:1]) == [0.0]
+    assert powers(component, steady)[0] > 0.5
     shuffled = torch.stack([row[torch.randperm(8, generator=generator)] for row in steady])
-    assert profiles.choose_power(component, {node: observed(shuffled)}) <= 0.25
+    assert powers(component, shuffled)[0] <= 0.25
+
+
+def test_a_surrogate_is_not_worse_for_profiles():
+    """Channels that are large in turns: exact ranges and weights gain from a profile, one law for all of them does not."""
+    model = uneven(net(lambda a, b: F.relu(a)))
+    x = images(24) * 2.0 ** torch.linspace(-2, 2, 24)[torch.randperm(24, generator=torch.Generator().manual_seed(2))].reshape(-1, 1, 1, 1)
+    for surrogate in ("gaussian", "probe"):
+        default, forced, without = (pq.quantize(model, [x], surrogate=surrogate, channel_profile=profile, progress=False) for profile in (None, True, False))
+        with torch.no_grad():
+            ours, *others = (float(sqnr(model(x), qmodel(x)).mean()) for qmodel in (default, forced, without))
+        assert ours > max(others) - 0.3 and ours in others
+        assert default.settings["channel_profile"] is None
 
 
 def test_saved_with_its_profile(tmp_path):

@@ -1,0 +1,251 @@
+"""What surrogate="auto" takes for every layer: the cheapest assignment of ranges whose network is as good as one with exact ranges.
+
+A layer's loss says little about the network's. So every candidate's noise, measured in calibration, is weighed by what noise in that
+tensor is worth at the output (influence.py), and the layers climb from their cheapest candidates in the order of noise saved per
+nanosecond. How far they have to climb is measured: the int8 network itself runs on calibration samples, as they are and under each kind of
+shift, with widths that were fitted to other samples, and bisection finds where it reaches its rivals: the same weights with exact ranges and no
+profiles, and, less a little, with profiles. On top of the ladder all ranges are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import fx
+
+from ._ops import Strategy
+from .graph import Unit
+from .metrics import joined_outputs, sqnr
+from .model import QuantizedModel
+from .shifts import KINDS
+from .surrogates import Candidate
+
+_JUDGED_CHUNKS = 5  # of the held ones, whose outputs are looked at
+_BEHIND_PROFILED = 0.3  # dB that the network's output may be behind exact ranges with profiles
+_BEHIND_SHIFTED = 0.1  # dB that one version of the samples may be behind, if all together are not
+_BEHIND_WORST = 1.0  # dB that the worst sample may be behind the worst with exact ranges
+PREDICTOR_SHARE = 0.02  # of the weights' bytes that all predictors may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Nanoseconds beyond those of a fixed range: per call, and per value of the output, value of the input, channel of either."""
+
+    call: float
+    output: float = 0.0
+    input: float = 0.0
+    out_channel: float = 0.0
+    in_channel: float = 0.0
+
+    def of(self, outputs: int, inputs: int, out_channels: int, in_channels: int) -> float:
+        return self.call + self.output * outputs + self.input * inputs + self.out_channel * out_channels + self.in_channel * in_channels
+
+
+#: As measured by benchmarks/costs.py on one core with AMX; what a layer's input channels cost is paid by the layer that writes them.
+COSTS = {
+    Strategy.FIXED: Cost(0.0),
+    Strategy.GAUSSIAN: Cost(1000.0),
+    Strategy.GAUSSIAN_CHANNEL: Cost(2500.0, out_channel=14.0),
+    Strategy.CHANNEL: Cost(3000.0, input=0.2, in_channel=20.0),
+    Strategy.PROBE: Cost(6000.0, output=0.15, out_channel=20.0),
+    Strategy.DYNAMIC: Cost(2000.0, output=1.0),
+}
+PATCH_SUMS = Cost(2500.0, input=0.03)  # of a gamma beyond 0
+
+
+def cost(candidate: Candidate, outputs: int, inputs: int, unit: Unit) -> float:
+    """What a candidate's range costs, in nanoseconds per sample, beside a fixed one's."""
+    in_channels = unit.weight.shape[-1] * unit.options["groups"] if unit.is_layer else 0
+    sizes = (outputs, inputs, unit.weight.shape[0] if unit.is_layer else 0, in_channels)
+    return COSTS[candidate.strategy].of(*sizes) + (PATCH_SUMS.of(*sizes) if candidate.gamma else 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ladder
+
+
+@dataclasses.dataclass
+class Option:
+    """A candidate of a layer: its noise as a share of the noise at the network's output, its price in ns, and the bytes of its predictor."""
+
+    noise: float
+    cost: float
+    size: int
+
+
+@dataclasses.dataclass
+class Step:
+    """From one of a layer's options to a better one: what of the output's noise it saves per nanosecond."""
+
+    layer: int
+    option: int
+    slope: float
+
+
+def ladder(layers: Sequence[Sequence[Option]], exact: Sequence[int], budget: float) -> tuple[list[int], list[Step]]:
+    """(the cheapest option of each layer; steps from there, the most rewarding first, to the exact ranges of all).
+
+    Along the lower convex hull of a layer's options each step is worth less than the one before, so any beginning of the list is the
+    least noise for its cost. A step that takes the predictors beyond `budget` bytes is left out.
+    """
+    cheapest = [min(range(len(options)), key=lambda i: (options[i].cost, options[i].noise)) for options in layers]
+    steps = []
+    for number, options in enumerate(layers):
+        at = cheapest[number]
+        while better := [i for i, option in enumerate(options) if option.noise < options[at].noise and option.cost > options[at].cost]:
+            slopes = {i: (options[at].noise - options[i].noise) / (options[i].cost - options[at].cost) for i in better}
+            at = max(better, key=slopes.__getitem__)
+            steps.append(Step(number, at, slopes[at]))
+        if at != exact[number]:
+            steps.append(Step(number, exact[number], min(0.0, options[at].noise - options[exact[number]].noise)))
+    steps.sort(key=lambda step: -step.slope)
+    now, used, kept = list(cheapest), sum(layers[number][i].size for number, i in enumerate(cheapest)), []
+    for step in steps:
+        grown = used + layers[step.layer][step.option].size - layers[step.layer][now[step.layer]].size
+        if grown <= max(budget, used):
+            kept.append(step)
+            now[step.layer], used = step.option, grown
+    return cheapest, kept
+
+
+def climb(cheapest: Sequence[int], steps: Sequence[Step], count: int) -> list[int]:
+    """Each layer's option after the first `count` steps."""
+    chosen = list(cheapest)
+    for step in steps[:count]:
+        chosen[step.layer] = step.option
+    return chosen
+
+
+def fewest(good: Callable[[int], bool], most: int) -> int:
+    """Where `good` begins between 0 and `most`, which is good without asking: by bisection, after a try of 0."""
+    if most == 0 or good(0):
+        return 0
+    bad, enough = 0, most
+    while enough - bad > 1:
+        count = (enough + bad) // 2
+        bad, enough = (bad, count) if good(count) else (count, enough)
+    return enough
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network's output
+
+
+class Trial(fx.Interpreter):
+    """An int8 model whose layers take other ranges from call to call."""
+
+    def __init__(self, qmodel: QuantizedModel, channel_layers: set[str]):
+        """channel_layers: the names of those that may read channel stats."""
+        super().__init__(qmodel)
+        self.producers = {node.args[3].args[0] for node in qmodel.graph.nodes if node.meta.get("layer") in channel_layers}
+        self.ranges: dict[str, dict] = {}
+
+    def with_ranges(self, ranges: dict[str, dict]) -> Trial:
+        """ranges: by name of the layer, the keyword arguments of its op that say where its range comes from."""
+        self.ranges = ranges
+        return self
+
+    def __call__(self, *inputs):
+        return self.run(*inputs)
+
+    def run_node(self, node: fx.Node):
+        given = self.ranges.get(node.meta.get("layer"))
+        if given is None and node not in self.producers:
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        kwargs = {**kwargs, **(given or {})}
+        if node in self.producers:
+            kwargs["channel_stats"] = True
+        return node.target(*args, **kwargs)
+
+
+class Judges:
+    """Calibration samples with the float network's outputs on them, as they are and under every kind of shift."""
+
+    NAMES = ("clean", "contrast", "dark", "bright", "noise")
+
+    def __init__(self, graph_module: fx.GraphModule, chunks: Sequence[tuple], shifted: Callable[[tuple, int], list[tuple]]):
+        self.chunks, self.shifted = chunks[:_JUDGED_CHUNKS], shifted
+        with torch.no_grad():
+            self.wanted = [[joined_outputs(graph_module(*inputs)) for inputs in self._versions(*pair)] for pair in self._numbered()]
+
+    def _numbered(self) -> Iterator[tuple[tuple, int]]:
+        number = 0
+        for chunk in self.chunks:
+            yield chunk, number
+            number += chunk[0].shape[0]
+
+    def _versions(self, chunk: tuple, number: int) -> list[tuple]:
+        """The chunk as it is, and with every sample shifted in every way."""
+        return [chunk, *(version for kind in range(KINDS) for version in self.shifted(chunk, number + kind))]
+
+    def decibels(self, model: Callable[[int], Callable]) -> torch.Tensor:
+        """SQNR of the output, [versions in the order of NAMES, samples]. model(half): what runs on the samples of that half (see RangeFit)."""
+        found: list[list[torch.Tensor]] = [[] for _ in range(1 + KINDS)]
+        with torch.no_grad():
+            for (chunk, number), wanted in zip(self._numbered(), self.wanted, strict=True):
+                halves = (number + torch.arange(chunk[0].shape[0])) // KINDS % 2
+                for shift, (inputs, reference) in enumerate(zip(self._versions(chunk, number), wanted, strict=True)):
+                    result = torch.empty(len(halves), dtype=torch.float64)
+                    for half in halves.unique().tolist():
+                        mine = halves == half
+                        part = tuple(x[mine] if isinstance(x, torch.Tensor) and x.dim() and len(x) == len(mine) else x for x in inputs)
+                        result[mine] = sqnr(reference[mine], joined_outputs(model(half)(*part)))
+                    # a shift's kind goes with the number of the sample: version 1 + k has sample n under kind (n + k) % KINDS
+                    for i, value in enumerate(result):
+                        found[0 if shift == 0 else 1 + (number + i + shift - 1) % KINDS].append(value)
+        return torch.stack([torch.stack(values) for values in found if values])
+
+
+def summary(decibels: torch.Tensor) -> list[tuple[float, float]]:
+    """(mean, worst) of each version."""
+    return [(float(values.nanmean()), float(values.nan_to_num(nan=math.inf).min())) for values in decibels]
+
+
+@dataclasses.dataclass
+class Target:
+    """SQNR that must be reached: the mean of all versions together; the mean, and the worst, of each."""
+
+    together: float
+    means: list[float]
+    worst: list[float]
+
+    @staticmethod
+    def of(exact: torch.Tensor, profiled: torch.Tensor) -> Target:
+        """From the SQNR with exact ranges, without profiles and with them. The latter is what the top of the ladder has: no more is asked for."""
+
+        def wanted(mean: float, profiled_mean: float) -> float:
+            return min(max(mean, profiled_mean - _BEHIND_PROFILED), profiled_mean)
+
+        pairs = list(zip(summary(exact), summary(profiled), strict=True))
+        together = wanted(*(statistics.fmean(mean for mean, _ in summary(decibels)) for decibels in (exact, profiled)))
+        means = [wanted(a[0], b[0]) - _BEHIND_SHIFTED for a, b in pairs]
+        return Target(together, means, [min(a[1], b[1]) - _BEHIND_WORST for a, b in pairs])
+
+    def reached(self, decibels: torch.Tensor) -> bool:
+        means, worst = zip(*summary(decibels), strict=True)
+        pairs = (*zip(means, self.means, strict=True), *zip(worst, self.worst, strict=True))
+        return statistics.fmean(means) >= self.together and all(value >= least for value, least in pairs)
+
+
+def better(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `a` has the higher SQNR on the whole: the samples as they are count as much as all shifted ones together."""
+    gain = (a - b).nan_to_num(nan=0.0)
+    return float(gain[0].mean() + (gain[1:].mean() if len(gain) > 1 else gain[0].mean())) > 0
+
+
+def told(exact: torch.Tensor, profiled: torch.Tensor, reached: torch.Tensor, count: int, steps: int, nanoseconds: float) -> str:
+    """What auto found, in a line."""
+
+    def row(decibels: torch.Tensor) -> str:
+        return " / ".join(f"{mean:.1f}" for mean, _ in summary(decibels))
+
+    names = " / ".join(Judges.NAMES[: len(reached)])
+    return (
+        f"auto: {count} of {steps} steps up from the cheapest ranges, about {nanoseconds / 1e3:.0f} us per sample over fixed ones; output SQNR on calibration samples "
+        f"({names}): {row(reached)} dB; exact ranges: {row(profiled)}, without profiles {row(exact)}"
+    )
