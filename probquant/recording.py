@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import struct
+from itertools import chain
 
 import torch
 from torch import fx
@@ -24,7 +25,10 @@ class _Refused(Exception):
 
 
 def record(graph_module: fx.GraphModule) -> fx.GraphModule | None:
-    """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win."""
+    """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win, as
+    off the CPU."""
+    if not all(tensor.is_cpu for tensor in chain(graph_module.parameters(), graph_module.buffers())):
+        return None
     levels = _levels(graph_module.graph)
     recorded: dict[int, list[fx.Node]] = {}
     for node, (level, is_recorded) in levels.items():

@@ -18,6 +18,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from ._ops import Strategy
+from .recording import record
 
 if TYPE_CHECKING:
     from .model import QuantizedModel
@@ -32,12 +33,13 @@ class Telemetry:
     graph: the model as a pure fx.GraphModule that returns (the model's output, counts). counts: int64 [N, layers, 2], per image
         and layer the values clipped and the samples (images, or tokens) that were invalid: not finite. Export or compile
         this one; layers are in the order of rows().
-    prepare: applied to the graph once, for example ``torch.compile``; the result is what a call runs.
+    prepare: applied to the graph once, for example ``torch.compile``; the result is what a call runs. Without it that is the graph,
+        on the CPU as recorded (recording.py), with the tensors that the model has now.
     """
 
     def __init__(self, qmodel: QuantizedModel, prepare: Callable[[fx.GraphModule], Callable] | None = None):
         self.graph, self._nodes = _with_counts(qmodel)
-        self._run = self.graph if prepare is None else prepare(self.graph)
+        self._run = (record(self.graph) or self.graph) if prepare is None else prepare(self.graph)
         described = {layer.name: layer for layer in qmodel.layers}
         self._layers = [described[node.meta["layer"]] for node in self._nodes]
         self._lock = threading.Lock()
