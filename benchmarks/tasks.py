@@ -219,3 +219,58 @@ def coco(name: str, weights: str | None, folder: str | None, calibrate_on: str |
         raise ValueError(f"{len(both)} pictures would calibrate and be evaluated, such as {min(both)}")
     network, model = (yolox, yolox.yolox_nano(weights)) if name == "yolox_nano" else (ssd, ssd.ssd_mobilenet_v2(weights))
     return Detection(name, model, network, calibrating.sample(calibration), index, Path(folder) / "val2017", sorted(index.getImgIds())[:limit])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saliency
+
+
+@dataclass
+class Saliency:
+    """Pictures without labels, and what draws the eye in them: a mask that a float decoder makes of a transformer's tokens."""
+
+    name: str
+    model: nn.Module
+    decoder: nn.Module
+    preprocessing: Preprocessing
+    calibration: ImageSet
+    evaluation: ImageSet
+
+    @property
+    def training(self) -> ImageSet:
+        return self.calibration
+
+    def normalize(self, pictures: Tensor) -> Tensor:
+        return self.preprocessing.normalize(pictures)
+
+    def pictures(self, which: ImageSet, batch: int, size: int | None = None) -> Iterator[Tensor]:
+        if size is not None:
+            raise ValueError(f"the shift size:PIXELS is for classification: {self.name} has positions for {self.preprocessing.crop} x {self.preprocessing.crop} pixels")
+        yield from which.batches(self.preprocessing, batch)
+
+    def keep(self, output: Tensor, first: int) -> list[Tensor]:
+        """Each picture's mask: the half of its pixels that is the most salient. (Few pictures reach the map's own threshold of 0.5.)"""
+        logits = self.decoder(output.nan_to_num()).flatten(1)
+        return list(logits > logits.median(1, keepdim=True).values)
+
+    def judge(self, kept: list[Tensor], reference: list[Tensor]) -> Judgement:
+        """Intersection over union with float32's mask, mean over pictures, and the interval of the mean."""
+        shares = torch.tensor([float((ours & theirs).sum() / (ours | theirs).sum().clamp(min=1)) for ours, theirs in zip(kept, reference, strict=True)])
+        mean, half = float(shares.mean()), 1.959964 * float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+        return {"iou": (mean, 1.0), "drop": (1 - mean, 0.0), "drop_low": (1 - mean - half, 0.0), "drop_high": (1 - mean + half, 0.0)}
+
+
+def saliency(name: str, weights: str | None, folder: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Saliency:
+    """Any pictures; `folder` may hold `calibration` and `validation`, as ImageNet's does."""
+    import saliency as network
+
+    if name != "vit_s_focus":
+        raise ValueError(f"no saliency network {name!r}; there is vit_s_focus")
+    if not folder:
+        raise ValueError(f"{name} needs --imagenet DIR, pictures of any kind")
+    if (Path(folder) / "validation").is_dir():
+        calibrate_on = calibrate_on or (str(Path(folder) / "calibration") if (Path(folder) / "calibration").is_dir() else None)
+        folder = str(Path(folder) / "validation")
+    calibrating, evaluating = choose_images(folder, calibrate_on, limit)
+    model, decoder = network.vit_s_focus(weights)
+    return Saliency(name, model, decoder, network.PREPROCESSING, calibrating.sample(calibration), evaluating)
