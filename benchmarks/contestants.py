@@ -7,19 +7,20 @@ A contestant is built for a Problem and a thread count and gives a call to time 
 from __future__ import annotations
 
 import importlib.util
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
-
 
 from common import Skip
 from probquant import surrogates
 from probquant._ops import Strategy, ops
+from probquant.recording import record
 from shapes import Shape
 
 _WIDTH = 6.0  # alpha and beta of the probabilistic strategy: the predicted range reaches so many standard deviations
@@ -119,6 +120,31 @@ def check(runner: Runner) -> None:
 # Ours
 
 
+def recorded_call(op, x: tuple, arguments: tuple, options: dict, length: int = 1) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that runs op(*x, *arguments, **options) as a model does (probquant/recording.py), `length` times, each on the output of
+    the one before; gives what the last one gives."""
+    graph, root = fx.Graph(), {}
+
+    def node(value):
+        if not isinstance(value, Tensor):
+            return value
+        name = f"constant_{len(root)}"
+        root[name] = value
+        return graph.get_attr(name)
+
+    values = [graph.placeholder(f"x_{i}") for i in range(len(x))]
+    arguments, options = tuple(map(node, arguments)), {name: node(value) for name, value in options.items()}
+    for _ in range(length):
+        y = graph.call_function(op, (*values, *arguments), options)
+        values = [graph.call_function(operator.getitem, (y, i)) for i in range(len(x))]
+    graph.output(tuple(values))
+    recorded = record(fx.GraphModule(root, graph), least=1)
+    (run,) = (node for node in recorded.graph.nodes if node.target is ops.run.default)
+    constants, recording = (getattr(recorded, given.target) for given in run.args[1:])
+    inputs = list(x)
+    return lambda: ops.run.default(inputs, constants, recording)
+
+
 def probquant_layer(problem: Problem, strategy: Strategy) -> Runner:
     p, s = problem, problem.shape
     weight = p.weight.permute(0, 2, 3, 1).contiguous() if p.conv else p.weight
@@ -138,12 +164,10 @@ def probquant_layer(problem: Problem, strategy: Strategy) -> Runner:
     x = (p.q, p.scales, p.zero_points, stats)
     if p.conv:
         op, k = ops.conv2d.default, s.kernel
-        arguments = (*x, packed, s.out_channels, [k, k], [s.stride] * 2, [s.padding] * 2, [1, 1], s.groups)
+        arguments = (packed, s.out_channels, [k, k], [s.stride] * 2, [s.padding] * 2, [1, 1], s.groups)
     else:
-        op, arguments = ops.linear.default, (*x, packed, s.out_channels)
-
-    def call():
-        return op(*arguments, **options)
+        op, arguments = ops.linear.default, (packed, s.out_channels)
+    call = recorded_call(op, x, arguments, options)
 
     def result():
         codes, scale, zero_point, out_stats = call()

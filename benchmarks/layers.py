@@ -1,6 +1,7 @@
 """Times single layers, uint8 in -> uint8 out: ours against torch, onnxruntime and OpenVINO, each checked for a right result.
 
-Ours run through torch.ops.probquant with a scale for every image (or row), moments and clip counts; peers with one scale.
+Ours run as a model runs them (torch.ops.probquant.run) with a scale for every image (or row), moments and clip counts; peers with one
+scale.
 Contestants alternate in one process, pinned. "peak" is the percent of the int8 peak that was probed around that very
 measurement; "best peer" is the fastest static int8 contestant that is not ours; ratios below 1 mean that ours is faster.
 """

@@ -8,36 +8,21 @@ of a chain of 32 in one call, as a model runs its layers (probquant/recording.py
 from __future__ import annotations
 
 import argparse
-import operator
 import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
-from torch import fx
 from tqdm import tqdm
 
 from common import describe_run, keep_heap, pin, print_run, text_table, write_results
+from contestants import recorded_call
 from probquant import surrogates
 from probquant._ops import Strategy, ops
-from probquant.recording import record
 
 _CALLS = 200  # in one measurement
 _CHAIN = 32  # ops of a recording
-
-
-def chain(packed: torch.Tensor, geometry: tuple, options: dict) -> Callable[..., object]:
-    """A recording of convolutions with 16 channels in and out, each on the output of the one before."""
-    graph = fx.Graph()
-    x = [graph.placeholder(name) for name in ("q", "scale", "zero_point", "stats")]
-    root = {"packed": packed, **{name: value for name, value in options.items() if isinstance(value, torch.Tensor)}}
-    constants = {name: graph.get_attr(name) for name in root}
-    for _ in range(_CHAIN):
-        y = graph.call_function(ops.conv2d.default, (*x, constants["packed"], *geometry), {**options, **{name: constants[name] for name in options if name in root}})
-        x = [graph.call_function(operator.getitem, (y, i)) for i in range(4)]
-    graph.output(x[0])
-    return record(fx.GraphModule(root, graph))
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -81,8 +66,7 @@ def calls() -> dict[str, Callable[[], object]]:
         for name, options in ranges(predictor).items():
             gamma = {"gamma": 4} if name == "probabilistic" else {}
             found[f"conv2d {text} {name}"] = lambda o={**options, **gamma}, g=geometry: ops.conv2d.default(*x, *g, **o)
-            recorded = chain(packed, geometry[1:], {**options, **gamma})
-            found[f"conv2d {text} {name}, recorded"] = lambda r=recorded: r(*x)
+            found[f"conv2d {text} {name}, recorded"] = recorded_call(ops.conv2d.default, x, geometry, {**options, **gamma}, _CHAIN)
     head = torch.tensor([6.0, 6.0, 0.0])
     for name, options in ranges(head).items():
         found[f"add {name}"] = lambda o=options: ops.add.default(*x, *x, **o)

@@ -17,16 +17,15 @@ from torch import fx
 from ._ops import ops
 
 _NOT_RECORDED = ("run", "pack_weight")
-_LEAST_OPS = 2  # what makes a recording worth its call
 
 
 class _Refused(Exception):
     """A node that has no form in a recording."""
 
 
-def record(graph_module: fx.GraphModule) -> fx.GraphModule | None:
+def record(graph_module: fx.GraphModule, least: int = 2) -> fx.GraphModule | None:
     """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win, as
-    off the CPU."""
+    off the CPU. least: ops that are worth a recording."""
     if not all(tensor.is_cpu for tensor in chain(graph_module.parameters(), graph_module.buffers())):
         return None
     levels = _levels(graph_module.graph)
@@ -34,7 +33,7 @@ def record(graph_module: fx.GraphModule) -> fx.GraphModule | None:
     for node, (level, is_recorded) in levels.items():
         if is_recorded:
             recorded.setdefault(level, []).append(node)
-    recorded = {level: nodes for level, nodes in recorded.items() if sum(map(_is_op, nodes)) >= _LEAST_OPS}
+    recorded = {level: nodes for level, nodes in recorded.items() if sum(map(_is_op, nodes)) >= least}
     if not recorded:
         return None
     root: dict[str, object] = {}
