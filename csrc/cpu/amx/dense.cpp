@@ -66,8 +66,8 @@ template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
 /// Which epilogue the products of the next tile take along: those of two blocks and one sample.
-enum class Along { none, open, relu, any, residual };
-constexpr int kAlongKinds = 5;
+enum class Along { none, open, relu, any, residual, extremes };
+constexpr int kAlongKinds = 6;
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
@@ -80,6 +80,7 @@ struct Pending {
   int64_t row[2][kTileRows];  ///< of this tile, and of the one that is being multiplied
   const SampleConstants* samples[kTileRows];
   int64_t* counters[kTileRows];
+  __m512i lo[kTileBlocks], hi[kTileBlocks];  ///< extreme sums (Along::extremes)
 
   /// Writes the codes of the rows that are left.
   void finish() {
@@ -112,6 +113,34 @@ class PendingRows {
   Pending& pending_;
   RowsFromMemory<true, kAlong == Along::residual, kClamp, kTileBlocks> from_;
   int left_;
+};
+template <>
+class PendingRows<Along::extremes> {
+ public:
+  __attribute__((always_inline)) explicit PendingRows(Pending& pending)
+      : pending_(pending), sums_(pending.sums), left_(pending.left), lo_{pending.lo[0], pending.lo[1]}, hi_{pending.hi[0], pending.hi[1]} {}
+  __attribute__((always_inline)) void four() {
+    if (left_ < 4) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * kTileBlocks; ++i) {
+      const __m512i v = _mm512_loadu_si512(sums_ + i * kBlockChannels);
+      lo_[i % kTileBlocks] = _mm512_min_epi32(lo_[i % kTileBlocks], v);
+      hi_[i % kTileBlocks] = _mm512_max_epi32(hi_[i % kTileBlocks], v);
+    }
+    sums_ += 4 * kRowSums;
+    left_ -= 4;
+  }
+  __attribute__((always_inline)) void stop() {
+    pending_.left = left_;
+    pending_.sums = sums_;
+    for (int j = 0; j < kTileBlocks; ++j) pending_.lo[j] = lo_[j], pending_.hi[j] = hi_[j];
+  }
+
+ private:
+  Pending& pending_;
+  const int32_t* sums_;
+  int left_;
+  __m512i lo_[kTileBlocks], hi_[kTileBlocks];
 };
 template <>
 class PendingRows<Along::none> {
@@ -188,7 +217,7 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void start_tile(const Tile& tile) {
-    if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) pending.finish();
+    if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) finish_pending();
     DenseEpilogue::start_tile(tile);
     rows_of = 1 - rows_of;
     __builtin_memcpy(pending.row[rows_of], tile.row, sizeof pending.row[0]);
@@ -200,7 +229,7 @@ class AmxKernel : public DenseEpilogue {
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
-    const BlockConstants* const constants = at_once && tile.one_sample ? panel_constants(panel) : nullptr;
+    const BlockConstants* const constants = (at_once || output == Output::range) && tile.one_sample ? panel_constants(panel) : nullptr;
     int32_t* const sums = held ? held : segments.partial;
     if (!held || output != Output::codes) {
       segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
@@ -208,16 +237,16 @@ class AmxKernel : public DenseEpilogue {
         if (!in.partial) start_sums(in, tile, constants);
         multiply(in, tile);
       });
-      pending.finish();
+      finish_pending();
       store_sums(tile, sums, segments.partial);
     }
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
-    if (output == Output::range) return widen_ranges(tile, panel, sums);
+    if (output == Output::range) return start_range(tile, panel, sums);
     const bool writes_codes = output == Output::codes;
     if (at_once) {
       start_pending(tile, panel, sums);
       if (!p.channel_stats && !held) return;
-      pending.finish();
+      finish_pending();
     } else {
       finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
     }
@@ -225,7 +254,7 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void end_chunk() {
-    pending.finish();
+    finish_pending();
     DenseEpilogue::end_chunk();
   }
 
@@ -357,7 +386,7 @@ class AmxKernel : public DenseEpilogue {
   void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes,
                       int64_t tiles) {
     const Along along = pending.left < 4 ? Along::none : pending.along;
-    if (along == Along::none) pending.finish();
+    if (along == Along::none) finish_pending();
     (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles);
   }
 
@@ -396,7 +425,7 @@ class AmxKernel : public DenseEpilogue {
   using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
 #define PROBQUANT_STEPS(parts, blocks) \
   {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
-   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>}
+   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::extremes>}
   static constexpr Steps kSteps[2][kTileBlocks][kAlongKinds] = {{PROBQUANT_STEPS(1, 1), PROBQUANT_STEPS(1, 2)}, {PROBQUANT_STEPS(2, 1), PROBQUANT_STEPS(2, 2)}};
 #undef PROBQUANT_STEPS
 
@@ -421,6 +450,37 @@ class AmxKernel : public DenseEpilogue {
                    pending.samples, &current, tile.one_sample ? nullptr : pending.counters};
   }
 
+  /// Whose ranges are pending. Sums of a channel are compared along the products of the next tile, everything else behind them.
+  void start_range(const Tile& tile, const Panel& panel, int32_t* sums) {
+    pending.left = tile.rows;
+    pending.sums = sums;
+    pending.along = tile.one_sample && p.activation == Activation::clamp && !p.residual && panel.blocks == kTileBlocks ? Along::extremes : Along::none;
+    for (int j = 0; j < kTileBlocks; ++j) pending.lo[j] = _mm512_set1_epi32(INT32_MAX), pending.hi[j] = _mm512_set1_epi32(INT32_MIN);
+    range_rows = {tile.rows, tile.one_sample, pending.row[rows_of], range_samples};
+    __builtin_memcpy(range_samples, tile.sample, sizeof(int64_t) * static_cast<size_t>(tile.rows));
+    range_panel = panel;
+    range_sums = sums;
+  }
+
+  void finish_range() {
+    if (!range_sums) return;
+    if (pending.along == Along::extremes) {
+      for (; pending.left > 0; --pending.left, pending.sums += kRowSums)
+        for (int j = 0; j < kTileBlocks; ++j) {
+          const __m512i v = _mm512_loadu_si512(pending.sums + j * kBlockChannels);
+          pending.lo[j] = _mm512_min_epi32(pending.lo[j], v);
+          pending.hi[j] = _mm512_max_epi32(pending.hi[j], v);
+        }
+      for (int j = 0; j < kTileBlocks; ++j) widen_channels(range_samples[0], range_panel, j, pending.lo[j], pending.hi[j]);
+    } else {
+      widen_ranges(range_rows, range_panel, range_sums);
+      pending.left = 0;
+    }
+    range_sums = nullptr;
+  }
+
+  void finish_pending() { output == Output::range ? finish_range() : pending.finish(); }
+
   int32_t* const held_end;
   const DenseDriver& driver;
   const int64_t part_rows, tile_steps, gathered_steps;
@@ -429,6 +489,10 @@ class AmxKernel : public DenseEpilogue {
   int64_t stride[2];
   int parts = 1, blocks = 1, second_row = 0;
   Pending pending;
+  OutputRows range_rows;  ///< these and the following: of a tile whose range is pending
+  int64_t range_samples[kTileRows];
+  Panel range_panel;
+  int32_t* range_sums = nullptr;  ///< null: of none
   const uint8_t *ahead = nullptr, *ahead_end = nullptr;
   int ahead_lines = 0;
   int rows_of = 0;  ///< of pending.row, the tile's

@@ -181,7 +181,7 @@ class DenseKernel : public DenseEpilogue {
       driver.accumulate(tile, panel, compute);
     }
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
-    if (output == Output::range) return widen_ranges(tile, panel, sums);
+    if (output == Output::range) return widen_ranges({tile.rows, tile.one_sample, tile.row, tile.sample}, panel, sums);
     if (!at_once) finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
     if (p.channel_stats && output == Output::codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
   }

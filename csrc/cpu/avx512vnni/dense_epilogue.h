@@ -305,6 +305,13 @@ inline __m512 output_values(__m512i acc, const BlockHeader& header, const Sample
   return clamp_ps(t, lo, hi);
 }
 
+/// Rows of the output, and the samples that they belong to.
+struct OutputRows {
+  int count;
+  bool one_sample;
+  const int64_t *row, *sample;
+};
+
 /// Extremes of values, lane by lane. A NaN is passed over.
 struct RangeLanes {
   __m512 lo = _mm512_set1_ps(__builtin_inff()), hi = _mm512_set1_ps(-__builtin_inff());
@@ -324,7 +331,7 @@ class DenseEpilogue {
  public:
   /// `held` are the range's, if sums are held.
   DenseEpilogue(const LayerProblem& problem, Output kind, int32_t* held) : p(problem), output(kind), channels(problem.shape.out_channels), held(held) {
-    if (output != Output::codes) return;
+    if (output == Output::floats) return;
     const int64_t count = p.layout.trailer_offset() / p.layout.block_bytes;
     block_constants.reset(new BlockConstants[static_cast<size_t>(count)]);
     for (int64_t i = 0; i < count; ++i) block_constants[static_cast<size_t>(i)].sample = -1;
@@ -353,7 +360,7 @@ class DenseEpilogue {
       row_counters[i] = counters[at];
       at_once = samples[i]->plain && (tile.one_sample || !p.profiled_bounds());
     }
-    if (output == Output::codes && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
+    if (output != Output::floats && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
   }
 
   /// Constants of a panel and the current sample.
@@ -389,15 +396,15 @@ class DenseEpilogue {
     }
   }
 
-  /// Widens the samples' ranges by a tile, [blocks * 16] sums per row. Of sums that are held, a curved activation, which costs more than
+  /// Widens the samples' ranges by [blocks * 16] sums per row. Of sums that are held, a curved activation, which costs more than
   /// anything else here, leaves its values in their place.
-  void widen_ranges(const Tile& tile, const Panel& panel, int32_t* sums) {
-    if (tile.one_sample && p.activation == Activation::clamp && !p.residual) return widen_by_extremes(tile, panel, sums);
+  void widen_ranges(const OutputRows& rows, const Panel& panel, int32_t* sums) {
     bool plain = !p.profiled_bounds();
-    for (int i = 0; plain && i < (tile.one_sample ? 1 : tile.rows); ++i) plain = constants[tile.sample[i] - chunk_sample].plain;
-    if (!plain) widen_by_rows<false, true>(tile, panel, sums);
-    else if (p.residual) widen_by_rows<true, true>(tile, panel, sums);
-    else widen_by_rows<true, false>(tile, panel, sums);
+    for (int i = 0; plain && i < (rows.one_sample ? 1 : rows.count); ++i) plain = constants[rows.sample[i] - chunk_sample].plain;
+    if (rows.one_sample && p.activation == Activation::clamp && !p.residual) widen_by_extremes(rows, panel, sums);
+    else if (rows.one_sample && p.residual && plain) widen_by_residual(rows, panel, sums);
+    else if (p.residual || !plain) widen_by_values(rows, panel, sums);
+    else widen_by_samples(rows, panel, sums);
   }
 
   void end_panel() {
@@ -405,9 +412,16 @@ class DenseEpilogue {
   }
 
   void end_chunk() {
-    if (output == Output::range)
-      for (int64_t i = 0; i < chunk_samples; ++i)
-        atomic_widen(p.range + 2 * (chunk_sample + i), _mm512_reduce_min_ps(ranges[i].lo), _mm512_reduce_max_ps(ranges[i].hi));
+    for (int64_t i = 0; output == Output::range && i < chunk_samples; ++i) {
+      const SampleEpilogue& e = p.samples[chunk_sample + i];
+      RangeLanes& range = ranges[i];
+      if (p.activation == Activation::clamp && !p.profiled_bounds()) {
+        const __m512 least = _mm512_set1_ps(e.activation_lo), largest = _mm512_set1_ps(e.activation_hi);
+        range.lo = clamp_ps(range.lo, least, largest);
+        range.hi = clamp_ps(range.hi, least, largest);
+      }
+      atomic_widen(p.range + 2 * (chunk_sample + i), _mm512_reduce_min_ps(range.lo), _mm512_reduce_max_ps(range.hi));
+    }
     if (output != Output::codes) return;
     flush_run();
     flush_channels();
@@ -482,67 +496,96 @@ class DenseEpilogue {
 
   /// Rows of one sample, without a residual: a clamp over constants of the channel keeps the order of sums (or turns it around), so a
   /// channel's extremes come from its extreme sums. NaNs do not disturb that: they become the lower bound, as all else on their side does.
-  void widen_by_extremes(const Tile& tile, const Panel& panel, const int32_t* sums) {
-    const SampleEpilogue& e = p.samples[tile.sample[0]];
-    RangeLanes& range = ranges[tile.sample[0] - chunk_sample];
+  void widen_by_extremes(const OutputRows& rows, const Panel& panel, const int32_t* sums) {
     const int64_t stride = panel.blocks * kBlockChannels;
     for (int64_t j = 0; j < panel.blocks; ++j) {
-      const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
-      const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
       const int32_t* at = sums + j * kBlockChannels;
       __m512i lo = _mm512_loadu_si512(at), hi = lo;
-      for (int i = 1; i < tile.rows; ++i) {
+#pragma GCC unroll 4
+      for (int i = 1; i < rows.count; ++i) {
         const __m512i v = _mm512_loadu_si512(at += stride);
         lo = _mm512_min_epi32(lo, v);
         hi = _mm512_max_epi32(hi, v);
       }
-      range.widen(output_values(lo, header, e, p, nullptr, lanes), lanes);
-      range.widen(output_values(hi, header, e, p, nullptr, lanes), lanes);
+      widen_channels(rows.sample[0], panel, j, lo, hi);
     }
   }
 
-  /// kPlain: all samples are, and the bounds of the activation are the same for all channels, so that they may act on ranges.
-  template <bool kPlain, bool kResidual>
-  void widen_by_rows(const Tile& tile, const Panel& panel, int32_t* sums) {
-    const bool curved = p.activation != Activation::clamp;
-    int64_t sample = tile.sample[0];
-    RangeLanes seen[2];  // two chains
-    const auto end_sample = [&] {
-      seen[0].join(seen[1]);
-      if (kPlain) {
-        const __m512 least = _mm512_set1_ps(p.samples[sample].activation_lo), largest = _mm512_set1_ps(p.samples[sample].activation_hi);
-        seen[0].lo = clamp_ps(seen[0].lo, least, largest);
-        seen[0].hi = clamp_ps(seen[0].hi, least, largest);
+  /// What is between extreme sums of the channels of a block.
+  void widen_channels(int64_t sample, const Panel& panel, int64_t j, __m512i lo, __m512i hi) {
+    const SampleEpilogue& e = p.samples[sample];
+    const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
+    const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+    RangeLanes& range = ranges[sample - chunk_sample];
+    range.widen(output_values(lo, header, e, p, nullptr, lanes), lanes);
+    range.widen(output_values(hi, header, e, p, nullptr, lanes), lanes);
+  }
+
+  /// Rows of one plain sample with a residual. The activation's bounds, the same for all channels, act in end_chunk().
+  void widen_by_residual(const OutputRows& rows, const Panel& panel, const int32_t* sums) {
+    const SampleEpilogue& e = p.samples[rows.sample[0]];
+    const __m512 residual_multiplier = _mm512_set1_ps(e.residual_multiplier);
+    const __m512i residual_zero_point = _mm512_set1_epi32(e.residual_zero_point);
+    const int64_t stride = panel.blocks * kBlockChannels;
+    RangeLanes& range = ranges[rows.sample[0] - chunk_sample];
+    for (int64_t j = 0; j < panel.blocks; ++j, sums += kBlockChannels) {
+      const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
+      const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.multiplier), _mm512_loadu_ps(header.scale)), bias = _mm512_loadu_ps(header.bias);
+      const uint8_t* const residual = p.residual + panel.channel + j * kBlockChannels;
+      const auto widen = [&](RangeLanes& seen, int i) __attribute__((always_inline)) {
+        const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual + rows.row[i] * channels));
+        const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + i * stride)), scale, bias);
+        seen.widen(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, residual_zero_point)), residual_multiplier, y), lanes);
+      };
+      RangeLanes seen[4];  // minima and maxima take 4 clocks
+      int i = 0;
+      for (; i + 4 <= rows.count; i += 4)
+#pragma GCC unroll 4
+        for (int chain = 0; chain < 4; ++chain) widen(seen[chain], i + chain);
+      for (; i < rows.count; ++i) widen(seen[0], i);
+      for (const RangeLanes& chain : seen) range.join(chain);
+    }
+  }
+
+  /// Rows of several plain samples, without a residual.
+  void widen_by_samples(const OutputRows& rows, const Panel& panel, const int32_t* sums) {
+    const __mmask16 last_lanes = first_lanes16(panel.channels - (panel.blocks - 1) * kBlockChannels);
+    for (int i = 0; i < rows.count; ++i) {
+      RangeLanes& range = ranges[rows.sample[i] - chunk_sample];
+      RangeLanes seen = range;
+      const __m512 multiplier = _mm512_set1_ps(p.samples[rows.sample[i]].multiplier);
+      const uint8_t* block = panel.block;
+      for (int64_t j = 0; j < panel.blocks; ++j, sums += kBlockChannels, block += p.layout.block_bytes) {
+        const auto& header = *reinterpret_cast<const BlockHeader*>(block);
+        const __m512 scale = _mm512_mul_ps(multiplier, _mm512_loadu_ps(header.scale));
+        const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), scale, _mm512_loadu_ps(header.bias));
+        seen.widen(y, j + 1 == panel.blocks ? last_lanes : 0xffff);
       }
-      ranges[sample - chunk_sample].join(seen[0]);
-      seen[0] = seen[1] = RangeLanes();
-    };
-    for (int i = 0; i < tile.rows; ++i) {
-      if (tile.sample[i] != sample) end_sample();
-      sample = tile.sample[i];
-      const SampleEpilogue& e = p.samples[sample];
-      const __m512 multiplier = _mm512_set1_ps(e.multiplier), residual_multiplier = _mm512_set1_ps(e.residual_multiplier);
-      const uint8_t* residual = kResidual && p.residual ? p.residual + tile.row[i] * channels + panel.channel : nullptr;
+      range = seen;
+    }
+  }
+
+  /// Any rows.
+  void widen_by_values(const OutputRows& rows, const Panel& panel, int32_t* sums) {
+    const bool curved = p.activation != Activation::clamp;
+    for (int i = 0; i < rows.count; ++i) {
+      const SampleEpilogue& e = p.samples[rows.sample[i]];
+      RangeLanes& range = ranges[rows.sample[i] - chunk_sample];
       for (int64_t j = 0; j < panel.blocks; ++j, sums += kBlockChannels) {
         const auto& header = *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes);
         const __mmask16 lanes = first_lanes16(panel.channels - j * kBlockChannels);
         const __m512i acc = _mm512_loadu_si512(sums);
-        const uint8_t* codes = residual ? residual + j * kBlockChannels : nullptr;
-        __m512 y;
-        if (kPlain) {
-          y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(multiplier, _mm512_loadu_ps(header.scale)), _mm512_loadu_ps(header.bias));
-          if (kResidual) y = _mm512_fmadd_ps(residual_values(codes, e, lanes), residual_multiplier, y);
-        } else if (curved) {
-          y = curved_values(acc, header, e, p);
-          if (held) _mm512_storeu_ps(sums, y);
-          y = curved_outputs(y, header, e);
+        const uint8_t* residual = p.residual ? p.residual + rows.row[i] * channels + panel.channel + j * kBlockChannels : nullptr;
+        if (curved) {
+          const __m512 values = curved_values(acc, header, e, p);
+          if (held) _mm512_storeu_ps(sums, values);
+          range.widen(curved_outputs(values, header, e), lanes);
         } else {
-          y = output_values(acc, header, e, p, codes, lanes);
+          range.widen(output_values(acc, header, e, p, residual, lanes), lanes);
         }
-        seen[j & 1].widen(y, lanes);
       }
     }
-    end_sample();
   }
 
   const LayerProblem& p;
