@@ -130,8 +130,9 @@ void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int6
 // ---------------------------------------------------------------------------------------------------------------------
 // Exact ranges: of all rows (dynamic), or of those that the probe sees
 
-/// How the exact range of some rows of each sample is found before anything is rounded. Either their products are computed twice, first
-/// only for the range, which needs no memory, or their sums are held in 32 bits.
+/// How the exact range of some rows of each sample is found before anything is rounded: their sums are held in 32 bits, or their products
+/// are computed twice, first only for the range, which needs no memory. A block's sums of a row are 64 bytes. To store them in L2 and to load
+/// them takes less time than any products to be had; beyond, it takes longer than products of few weights.
 struct ExactRange {
   int64_t rows;     ///< of a sample
   int64_t samples;  ///< of a pass
@@ -140,17 +141,17 @@ struct ExactRange {
   ExactRange(const Conv2dShape& s, const PackedLayout& layout, Strategy strategy) {
     const int64_t positions = s.out_height() * s.out_width();
     rows = strategy == Strategy::dynamic ? positions : probe_segments(positions) * probe_segment_rows(positions);
-    const auto fitting = [&](int64_t sample_bytes) { return std::max<int64_t>(1, std::min<int64_t>(s.batch, kCached / std::max<int64_t>(1, sample_bytes))); };
-    const int64_t held = fitting(4 * rows * layout.columns());
-    const int64_t clocks_to_hold = held * 4 * rows * layout.columns() <= kCached ? kClocksCached : kClocksBeyond;
-    holds = !layout.depthwise && field_weights(s) * kBlockChannels > clocks_to_hold * kernels().macs_per_clock;
-    samples = holds ? held : fitting(s.in_height * s.in_width * s.in_channels);
+    const int64_t held_bytes = 4 * rows * layout.columns();
+    holds = !layout.depthwise && (held_bytes <= kCached || field_weights(s) * kBlockChannels > kClocksBeyond * kernels().macs_per_clock);
+    const int64_t most = std::max<int64_t>(1, kCached / std::max<int64_t>(1, holds ? held_bytes : s.in_height * s.in_width * s.in_channels));
+    const int64_t passes = (s.batch + most - 1) / most;
+    samples = passes > 0 ? (s.batch + passes - 1) / passes : 0;
   }
   int64_t workspace_bytes(const PackedLayout& layout) const { return holds ? samples * 4 * rows * layout.columns() : 0; }
 
  private:
-  static constexpr int64_t kCached = int64_t{1} << 20;             ///< bytes that L2 has for sums, or for the input of the samples of a pass
-  static constexpr int64_t kClocksCached = 5, kClocksBeyond = 24;  ///< to store and load a block's sums of a row: from L2, and from beyond
+  static constexpr int64_t kCached = int64_t{1} << 20;  ///< bytes that L2 has for sums, or for the input of the samples of a pass
+  static constexpr int64_t kClocksBeyond = 8;           ///< of products, from which on it is worth the while to hold sums beyond L2
 };
 
 /// Finds the ranges of as many samples at a time as `exact` says: see(begin, end) of samples [begin, end), whose parameters
