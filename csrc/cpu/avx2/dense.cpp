@@ -392,6 +392,7 @@ class DenseKernel {
   void finish_rows(const int64_t* row, int rows, int64_t sample, const int32_t* acc, int64_t stride, const Panel& panel) {
     if (sample != current_sample || vectors >= CodeSums::kFlushAfter - kTileRows * kPanelBlocks) start_sample(sample);
     if (constants.sample != sample || constants.block != panel.block) constants.set(p, panel, sample, output, profiled_bounds);
+    if (output == Output::range && p.activation == Activation::clamp && !p.residual) return widen_by_extremes(row, rows, sample, acc, stride, panel);
     int64_t c = 0;
     if (constants.plain)
       for (; c + 32 <= panel.channels; c += 32)
@@ -526,7 +527,11 @@ class DenseKernel {
       y = p.activation == Activation::clamp ? clamp_ps(y, _mm256_set1_ps(p.activation_min), _mm256_set1_ps(p.activation_max)) : activate_ps(p.activation, y);
       return store_lanes(reinterpret_cast<int32_t*>(p.y_float + at), _mm256_castps_si256(y), left);
     }
-    const __m256 y = output_values(e, acc, at, panel, c, left);
+    widen(output_values(e, acc, at, panel, c, left), left);
+  }
+
+  /// Widens the range by 8 values, of which `left` exist. A NaN is passed over.
+  void widen(__m256 y, int64_t left) {
     __m256 low = y, high = y;
     if (left < 8) {
       const __m256 exists = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
@@ -535,6 +540,25 @@ class DenseKernel {
     }
     range_lo = _mm256_min_ps(low, range_lo);
     range_hi = _mm256_max_ps(high, range_hi);
+  }
+
+  /// Rows of one sample, without a residual: a clamp over constants of the channel keeps the order of sums (or turns it around), so a
+  /// channel's extremes come from its extreme sums. NaNs do not disturb that: they become the lower bound, as all else on their side does.
+  void widen_by_extremes(const int64_t* row, int rows, int64_t sample, const int32_t* acc, int64_t stride, const Panel& panel) {
+    const SampleEpilogue& e = p.samples[sample];
+    if (held)
+      for (int i = 0; i < rows; ++i) __builtin_memcpy(held_at(row[i], panel.channel), acc + i * stride, static_cast<size_t>(panel.channels) * sizeof(int32_t));
+    for (int64_t c = 0; c < panel.channels; c += 8) {
+      const int64_t left = panel.channels - c;
+      __m256i lo = load_lanes(acc + c, left), hi = lo;
+      for (int i = 1; i < rows; ++i) {
+        const __m256i v = load_lanes(acc + i * stride + c, left);
+        lo = _mm256_min_epi32(lo, v);
+        hi = _mm256_max_epi32(hi, v);
+      }
+      widen(output_values(e, lo, 0, panel, c, left), left);
+      widen(output_values(e, hi, 0, panel, c, left), left);
+    }
   }
 
   /// Hands over what was gathered of the sample before.
