@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import probquant
 from accuracy import evaluate, parse_shift
-from common import describe_run, keep_heap, paired_ratios, print_run, ratio_summary, text_table, write_results
+from common import describe_run, keep_heap, print_run, text_table, times_over, write_results
 from probquant.data import ImageSet
 from tasks import Classification, imagenet
 
@@ -77,7 +77,7 @@ def times(task: Classification, models: dict[str, probquant.QuantizedModel], fix
     """Each model's time over that of fixed ranges, one picture: the median of alternated pairs of calls."""
     x = task.normalize(next(task.pictures(task.evaluation, 1)))
     with torch.no_grad():
-        return {name: ratio_summary(paired_ratios(lambda model=model: model(x), lambda: fixed(x), _PAIRS))["median"] for name, model in models.items()}
+        return times_over(models, fixed, x, _PAIRS)
 
 
 def main(argv: list[str] | None = None) -> None:

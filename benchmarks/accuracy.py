@@ -8,6 +8,8 @@ to imitate float32's outputs on the training pictures, without labels.
 A shift is `clean`, a corruption NAME[:SEVERITY] (3 of 5 unless told; probquant/corruptions.py), `mixed` (every picture has
 another corruption and severity, or none), or `size:PIXELS` (classification at another resolution).
 
+With `static` among the strategies, the time of every model on one picture over that of fixed ranges is told, too.
+
 Rows: {task, model, strategy, shift, metric, value, float32, n}; report.py makes the page of them. SQNR is of the network's
 whole output, per picture, in dB; drop, drop_low and drop_high are what float32 has more of the task's first metric and its
 95 % interval, paired by picture.
@@ -30,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import probquant
-from common import describe_run, print_run, text_table, write_results
+from common import describe_run, keep_heap, print_run, text_table, times_over, write_results
 from probquant.compare import FLOAT32, mean_and_worst1, sqnr
 from probquant.corruptions import CORRUPTIONS, corrupt
 from probquant.surrogates import CRITERIA
@@ -40,6 +42,7 @@ STRATEGIES = ("static:minmax", "static", "dynamic", "dynamic:profile", "history"
 SHIFTS = ("clean", "dark", "contrast", "noise", "mixed")
 _MOMENTUM = 0.9  # of history's ranges
 _WINDOW = 16  # pictures that delayed scaling looks back on
+_PAIRS = 150  # of calls, for the time over that of fixed ranges
 
 Task = Classification | Detection | Saliency
 
@@ -260,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     strategies, shifts = _words(args.strategies), _words(args.shifts)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    keep_heap()
     run = describe_run()
     print_run(run)
     rows: list[dict] = []
@@ -276,6 +280,12 @@ def main(argv: list[str] | None = None) -> None:
                 run[f"training of {name}"] = f"{args.epochs} epochs on {len(task.training)} pictures, learning rate {args.learning_rate:g}"
             specs = [spec for spec in strategies if spec != FLOAT32]
             built = {spec: quantized(spec, task, batches, args.epochs, args.learning_rate) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
+            run[f"choice of {name}"] = {spec: model.meta["choice"] for spec, model in built.items() if getattr(model, "meta", {}).get("choice")}
+            if "static" in built:
+                one = batches[0][:1]
+                with torch.no_grad():
+                    timed = {spec: model for spec, model in built.items() if isinstance(model, probquant.QuantizedModel) and spec != "static"}
+                    run[f"time of {name}"] = times_over(timed, built["static"], one, _PAIRS)
             for shift in shifts:
                 rows += evaluate(task, built, shift, args.batch)
                 write_results(args.json, rows, run)

@@ -305,6 +305,12 @@ def _accuracy_section(rows: list[dict], run: dict, model: str, plot: Path) -> st
         calibration += f"; qat: {training}"
     image = _plot_accuracy(values, shifts, strategies, plot)
     parts = [f"## {model}\n", f"{rows[0]['task'].capitalize()}, {rows[0]['n']} pictures; calibrated on {calibration}.\n", circumstances(run, timed=False)]
+    times = run.get(f"time of {model}")
+    if times:
+        told = ", ".join(f"{strategy} {ratio:.3f}" for strategy, ratio in times.items())
+        busy = f"; load average {run['load_at_start']}, so to be read with care" if run["load_at_start"] > BUSY_LOAD else ""
+        parts += [f"Time over that of fixed ranges (static), one picture, median of alternated pairs of calls: {told}{busy}.\n"]
+    parts += [f"What {strategy} chose: {choice}\n" for strategy, choice in run.get(f"choice of {model}", {}).items()]
     parts += [markdown_table(header, table, left=2) + "\n"]
     return "\n".join([*parts, *([f"![drop by shift and strategy]({image})\n"] if image else [])])
 

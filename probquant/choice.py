@@ -33,35 +33,43 @@ PREDICTOR_SHARE = 0.02  # of the weights' bytes that all predictors may take
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Nanoseconds beyond those of a fixed range: per call, and per value of the output, value of the input, channel of either."""
+    """Nanoseconds beyond those of a fixed range: of a call, and of each value of the output and of the input, channel of either, multiply-accumulate."""
 
-    call: float
+    call: float = 0.0
     output: float = 0.0
     input: float = 0.0
     out_channel: float = 0.0
     in_channel: float = 0.0
+    mac: float = 0.0
 
-    def of(self, outputs: int, inputs: int, out_channels: int, in_channels: int) -> float:
-        return self.call + self.output * outputs + self.input * inputs + self.out_channel * out_channels + self.in_channel * in_channels
+    def of(self, outputs: int, inputs: int, out_channels: int, in_channels: int, macs: float) -> float:
+        return (
+            self.call + self.output * outputs + self.input * inputs + self.out_channel * out_channels + self.in_channel * in_channels + self.mac * macs
+        )
 
 
-#: As measured by benchmarks/costs.py on one core with AMX; what a layer's input channels cost is paid by the layer that writes them.
+#: As benchmarks/costs.py fits them to the convolutions of MobileNetV2 and ResNet-50, on one core with AMX; a law per channel was held for no
+#: cheaper per call than one for all.
 COSTS = {
-    Strategy.FIXED: Cost(0.0),
-    Strategy.GAUSSIAN: Cost(1000.0),
-    Strategy.GAUSSIAN_CHANNEL: Cost(2500.0, out_channel=14.0),
-    Strategy.CHANNEL: Cost(3000.0, input=0.2, in_channel=20.0),
-    Strategy.PROBE: Cost(6000.0, output=0.15, out_channel=20.0),
-    Strategy.DYNAMIC: Cost(2000.0, output=1.0),
+    Strategy.FIXED: Cost(),
+    Strategy.GAUSSIAN: Cost(call=564.0),
+    Strategy.GAUSSIAN_CHANNEL: Cost(call=564.0, out_channel=11.9),
+    Strategy.CHANNEL: Cost(call=564.0, in_channel=2.2),
+    Strategy.PROBE: Cost(call=776.0, output=0.034, out_channel=7.9, mac=1.23e-4),
+    Strategy.DYNAMIC: Cost(output=0.158, out_channel=6.7, mac=0.51e-4),
 }
-PATCH_SUMS = Cost(2500.0, input=0.03)  # of a gamma beyond 0
+PATCH_SUMS = Cost(call=1220.0, input=0.0027)  # of a gamma beyond 0, as well
+CHANNEL_STATS = Cost(call=65.0, input=0.169, in_channel=28.5)  # of `channel`, as well: paid by the layer that writes the input
 
 
 def cost(candidate: Candidate, outputs: int, inputs: int, unit: Unit) -> float:
     """What a candidate's range costs, in nanoseconds per sample, beside a fixed one's."""
-    in_channels = unit.weight.shape[-1] * unit.options["groups"] if unit.is_layer else 0
-    sizes = (outputs, inputs, unit.weight.shape[0] if unit.is_layer else 0, in_channels)
-    return COSTS[candidate.strategy].of(*sizes) + (PATCH_SUMS.of(*sizes) if candidate.gamma else 0.0)
+    sizes = (outputs, inputs, 0, 0, 0.0)
+    if unit.is_layer:
+        out_channels = unit.weight.shape[0]
+        sizes = (outputs, inputs, out_channels, unit.weight.shape[-1] * unit.options["groups"], outputs * unit.weight.numel() / out_channels)
+    parts = [COSTS[candidate.strategy], *([PATCH_SUMS] if candidate.gamma else ()), *([CHANNEL_STATS] if candidate.strategy is Strategy.CHANNEL else ())]
+    return sum(part.of(*sizes) for part in parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

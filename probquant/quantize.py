@@ -553,11 +553,22 @@ class _Variant:
     def write(self, graph_module: fx.GraphModule) -> QuantizedModel:
         return _Writer(graph_module, self.units, self.plans, self.settings, self.profiles).write()
 
-    def values(self, values: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
-        """Of the float graph's values what the codes stand for: tensors over their profiles, and so what a layer computes before a residual
-        and the activation."""
-        over = self.profiles | {plan.unit.anchor: self.profiles[plan.unit.output] for plan in self.plans if plan.unit.is_layer and plan.unit.output in self.profiles}
-        return {node: value / over[node] if node in over else value for node, value in values.items()}
+    def values(self, raw: dict[fx.Node, torch.Tensor]) -> _Values:
+        anchors = {plan.unit.anchor: self.profiles[plan.unit.output] for plan in self.plans if plan.unit.is_layer and plan.unit.output in self.profiles}
+        return _Values(raw, self.profiles | anchors)
+
+
+class _Values(dict):
+    """Of the float graph's values what the codes stand for, once it is asked for: tensors over their profiles, and so what a layer computes
+    before a residual and the activation."""
+
+    def __init__(self, raw: dict[fx.Node, torch.Tensor], over: dict[fx.Node, torch.Tensor]):
+        self.raw, self.over = raw, over
+
+    def __missing__(self, node: fx.Node) -> torch.Tensor:
+        value = self.raw[node]
+        self[node] = value / self.over[node] if node in self.over else value
+        return self[node]
 
 
 def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:

@@ -23,7 +23,7 @@ WIDTHS = tuple(0.5 * 64 ** (i / 72) for i in range(73))
 #: Candidates for a probe's margins, as shares of the range that it saw.
 MARGINS = tuple(-0.3 + 0.02 * i for i in range(73))
 _BINS = 2048
-_VALUES = 65521  # of a sample's outputs that are looked at, evenly spaced (a prime, so that the spacing follows no row), beside their extremes
+_VALUES = 32749  # of a sample's outputs that are looked at, evenly spaced (a prime, so that the spacing follows no row), beside their extremes
 
 #: What a range is fitted to; "entropy" is a static range's alone.
 CRITERIA = ("mse", "percentile", "minmax", "entropy")
