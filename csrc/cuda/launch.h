@@ -74,9 +74,6 @@ struct PatchGrid {
   int64_t parts, per_warp;         ///< blocks per sample, fields per warp
 };
 
-/// patch_sums.cu: adds to sums [batch], or [batch][groups] with `per_group`; all but their counts.
-void launch_patch_sums(const Conv2dShape& shape, int64_t gamma, const QuantizedInput& x, bool per_group, PatchSums* sums, void* stream);
-
 /// Sizes that a prediction needs.
 struct PredictProblem {
   int64_t positions, in_channels, count;  ///< of an input sample: pixels, and pixels times channels
@@ -87,11 +84,14 @@ struct PredictProblem {
   const ProfileSpan* profile;             ///< of the packed weight
 };
 
-/// predict.cu: y.scale, y.zero_point and the beginning of y.stats. The workspace holds RangeKeys [batch] (dynamic, probe) or patch
-/// sums.
+/// predict.cu: y.scale, y.zero_point and the beginning of y.stats. The workspace holds RangeKeys [batch] (dynamic, probe).
 void launch_predict(const PredictProblem& problem, const LayerArguments& arguments, int64_t samples, void* stream);
 /// The laws themselves: as probquant::surrogate_law.
 void launch_law(const PredictProblem& problem, const LayerArguments& arguments, int64_t samples, float* law, void* stream);
+
+/// patch_sums.cu: one of these two behind patch sums, in one launch: the laws, or the rest where `laws` is null. The workspace holds
+/// PatchSums [batch], or [batch][groups] with sums_per_group, all of it zero.
+void launch_patch_sums(const Conv2dShape& shape, const PredictProblem& problem, const LayerArguments& arguments, float* laws, void* stream);
 
 /// Geometry of a max pool, in pixels.
 struct MaxPool {

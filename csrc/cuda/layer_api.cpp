@@ -70,12 +70,13 @@ PredictProblem predict_problem(const Conv2dShape& s, const LayerArguments& a) {
   return p;
 }
 
-/// Patch sums into the workspace, where the strategy wants them.
-void sum_patches(const char* op, const Conv2dShape& s, const LayerArguments& a, void* stream) {
-  if (!samples_fields(s, a.strategy, a.gamma)) return;
+/// y's parameters and the beginning of its stats, or laws where that is not null: one launch.
+void predict(const char* op, const Conv2dShape& s, const LayerArguments& a, float* laws, void* stream) {
+  const PredictProblem problem = predict_problem(s, a);
+  if (!samples_fields(s, a.strategy, a.gamma)) return laws == nullptr ? launch_predict(problem, a, s.batch, stream) : launch_law(problem, a, s.batch, laws, stream);
   require(a.workspace != nullptr, op, ": strategy ", static_cast<int64_t>(a.strategy), " with gamma ", a.gamma, " needs a workspace");
   clear(op, a.workspace, conv2d_workspace_bytes(s, a.strategy, a.gamma), stream);
-  launch_patch_sums(s, a.gamma, a.x, sums_per_group(s, a.strategy), static_cast<PatchSums*>(a.workspace), stream);
+  launch_patch_sums(s, problem, a, laws, stream);
 }
 
 void check_packed(const LayerArguments& a) {
@@ -123,8 +124,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, void* stream) {
     clear("conv2d", a.workspace, conv2d_workspace_bytes(shape, a.strategy, a.gamma), stream);
     run(LayerOutput::range);
   }
-  sum_patches("conv2d", shape, a, stream);
-  launch_predict(predict_problem(shape, a), a, shape.batch, stream);
+  predict("conv2d", shape, a, nullptr, stream);
   run(LayerOutput::codes);
 }
 
@@ -132,8 +132,7 @@ void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law
   require(has_law(a.strategy), "surrogate_law: strategy ", static_cast<int64_t>(a.strategy), " has no law, want gaussian, gaussian_channel or channel");
   check_layer(shape, a);
   if (shape.batch == 0) return;
-  sum_patches("surrogate_law", shape, a, stream);
-  launch_law(predict_problem(shape, a), a, shape.batch, law, stream);
+  predict("surrogate_law", shape, a, law, stream);
 }
 
 }  // namespace probquant::cuda

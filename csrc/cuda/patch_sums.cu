@@ -1,19 +1,19 @@
 // Sums over the receptive fields of every gamma-th output position (surrogate.h): what the Gaussian surrogate reads of a
-// layer's input. Exact integers.
+// layer's input. Exact integers. The block that comes last to a sample then predicts (predict.cuh): one launch for both.
 //
-// Launch: batch x parts blocks of 256 threads, at most 80 registers (three blocks on a multiprocessor), no shared memory. Two ways to share out the fields of one
+// Launch: batch x parts blocks of 256 threads, at most 80 registers (three blocks on a multiprocessor), 6,216 bytes of static shared memory. Two ways to share out the fields of one
 // sample. field_per_warp: a warp takes a field of one group and runs over its rows, lane by lane; for dense layers.
 // group_per_lane: a lane takes a group and runs over its field alone; for depthwise ones, whose channels lie side by side.
 // Reads 1 / gamma^2 of the layer's receptive fields; 3 atomics per warp (per lane with sums of every group).
 #include <algorithm>
 
-#include "reduce.cuh"
+#include "predict.cuh"
 #include "runtime.h"
 
 namespace probquant::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = kPredictThreads, kWarps = kThreads / 32;
 
 /// One axis of a field cut to the input: taps [begin, end), tap t at first + t * dilation.
 struct Taps {
@@ -49,11 +49,9 @@ struct FieldSums {
   }
 };
 
-/// `x` points to the sample; the grid is [batch][parts] blocks.
+/// The block's share of its sample's sums, [batch] or [batch][groups] with `per_group`.
 template <bool group_per_lane>
-__global__ void __launch_bounds__(kThreads, 3)
-    patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const uint8_t* x, const int32_t* zero_points, const bool per_group, PatchSums* sums) {
-  const int64_t sample = blockIdx.x / grid.parts;
+__device__ void sum_fields(const Conv2dShape& s, const PatchGrid& grid, int64_t sample, const uint8_t* x, const int32_t* zero_points, bool per_group, PatchSums* sums) {
   const int32_t inputs = static_cast<int32_t>(s.in_channels / s.groups), lane = threadIdx.x % 32;
   const int64_t warp = blockIdx.x % grid.parts * kWarps + threadIdx.x / 32;
   const int64_t zero_point = clamp_zero_point(zero_points[sample]), units = group_per_lane ? (s.groups + 31) / 32 : s.groups;
@@ -106,21 +104,33 @@ __global__ void __launch_bounds__(kThreads, 3)
   flush();
 }
 
+/// The grid is [batch][parts] blocks. The sums' counts, which are known, count blocks instead. Writes laws, or y's parameters where that is null.
+template <bool group_per_lane>
+__global__ void __launch_bounds__(kThreads, 3) patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const PredictProblem p, const LayerArguments a, float* laws) {
+  const int64_t sample = blockIdx.x / grid.parts;
+  auto* sums = static_cast<PatchSums*>(a.workspace);
+  sum_fields<group_per_lane>(s, grid, sample, a.x.q, a.x.zero_point, p.sums_per_group, sums);
+  PatchSums& first = sums[sample * (p.sums_per_group ? s.groups : 1)];
+  if (!last_block(reinterpret_cast<unsigned long long*>(&first.count), grid.parts)) return;
+  if (laws == nullptr) predict(p, a, sample);
+  else write_laws(p, a, sample, laws);
+}
+
 }  // namespace
 
-void launch_patch_sums(const Conv2dShape& s, int64_t gamma, const QuantizedInput& x, bool per_group, PatchSums* sums, void* stream) {
+void launch_patch_sums(const Conv2dShape& s, const PredictProblem& problem, const LayerArguments& a, float* laws, void* stream) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const bool group_per_lane = s.groups > 1 && s.in_channels / s.groups < 32;
   PatchGrid grid{};
-  grid.gamma = gamma;
-  grid.columns = divide_up(s.out_width(), gamma);
-  grid.fields = divide_up(s.out_height(), gamma) * grid.columns;
+  grid.gamma = a.gamma;
+  grid.columns = divide_up(s.out_width(), a.gamma);
+  grid.fields = divide_up(s.out_height(), a.gamma) * grid.columns;
   const int64_t units = (group_per_lane ? divide_up(s.groups, 32) : s.groups) * grid.fields;
   // as many blocks as the device holds, at most one field per warp
   grid.parts = std::max<int64_t>(1, std::min(divide_up(units, kWarps), kWantedBlocks / s.batch));
   grid.per_warp = divide_up(units, grid.parts * kWarps);
-  launch("conv2d", group_per_lane ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s, grid, x.q, x.zero_point,
-         per_group, sums);
+  launch(laws == nullptr ? "conv2d" : "surrogate_law", group_per_lane ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s,
+         grid, problem, a, laws);
 }
 
 }  // namespace probquant::cuda

@@ -1,140 +1,26 @@
-// The scale and zero point of a layer's output, before the layer runs: given, from the range that a first pass found, or
-// predicted by a surrogate from the input's stats and patch sums (surrogate.h). Also starts the output's stats.
+// A layer's prediction (predict.cuh) where it needs no patch sums. A launch of its own even for one law: the law is in double, which GeForce
+// and L4 have a 64th of float32's units for, so that every block of the layer would lose microseconds to it; and the layer's blocks add to
+// stats that somebody must have cleared before.
 //
-// Launch: one block of 256 threads per sample, at most 64 registers, 6,208 bytes of static shared memory. A thread takes every
-// 256th output channel's law; a few flops where there is one. Bound by the launch.
-#include "../core/probe.h"
-#include "reduce.cuh"
+// Launch: one block of 256 threads per sample, at most 64 registers, 6,208 bytes of static shared memory. Bound by the launch.
+#include "predict.cuh"
 #include "runtime.h"
 
 namespace probquant::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+__global__ void __launch_bounds__(kPredictThreads) predict_kernel(const PredictProblem p, const LayerArguments a) { predict(p, a, blockIdx.x); }
 
-__device__ SampleEpilogue epilogue_inputs(const LayerArguments& a, int64_t sample) {
-  const bool residual = a.residual.q != nullptr;
-  return sample_inputs(a.x.scale[sample], a.x.zero_point[sample], residual ? a.residual.scale[sample] : 1.0f,
-                       residual ? a.residual.zero_point[sample] : 0);
-}
-
-/// Moments of the receptive fields of output channel o's group, or of all groups.
-__device__ FieldMoments fields_of(const PredictProblem& p, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, int64_t o) {
-  const int64_t* stats = a.x.stats + sample * a.x.stats_stride;
-  if (a.gamma == 0) return field_moments_of_input(stats[kStatsSum], stats[kStatsSquares], p.count, e.x_zero_point, p.field_weights, e.x_scale);
-  if (p.one_field) return field_moments(patch_sums_of_sample(stats[kStatsSum], stats[kStatsSquares], p.count, e.x_zero_point), e.x_scale);
-  const auto* of_samples = static_cast<const PatchSums*>(a.workspace);
-  PatchSums sums = p.sums_per_group ? of_samples[sample * p.groups + o / p.group_channels] : of_samples[sample];
-  sums.count = p.fields * (p.sums_per_group ? 1 : p.groups);
-  return field_moments(sums, e.x_scale);
-}
-
-/// channel_sums of surrogate.h, by all threads together: each computes the terms of a channel, kChannelLanes of them add up. The
-/// result is in the first of them.
-__device__ ChannelSums block_channel_sums(const PredictProblem& p, const LayerArguments& a, int64_t sample, const SampleEpilogue& e) {
-  __shared__ ChannelSums terms[kThreads];
-  const int64_t *sums = a.x.stats + sample * a.x.stats_stride + kStatsSample, *squares = sums + p.in_channels;
-  const float *mean_w = a.predictor + kPredictorChannels, *square_w = mean_w + p.in_channels;
-  const double share = 1.0 / static_cast<double>(p.taps);
-  ChannelSums lane{};
-  for (int64_t first = 0; first < p.in_channels; first += kThreads) {
-    const int64_t c = first + threadIdx.x, left = p.in_channels - first;
-    if (c < p.in_channels) terms[threadIdx.x] = channel_terms(sums[c], squares[c], p.positions, e.x_zero_point, share, mean_w[c], square_w[c]);
-    __syncthreads();
-    if (threadIdx.x < kChannelLanes)
-      for (int64_t i = threadIdx.x; i < kThreads && i < left; i += kChannelLanes) lane += terms[i];
-    __syncthreads();
-  }
-#pragma unroll
-  for (int half = kChannelLanes / 2; half > 0; half /= 2)
-    lane += {__shfl_xor_sync(0xffffffffu, lane.mean, half), __shfl_xor_sync(0xffffffffu, lane.within, half), __shfl_xor_sync(0xffffffffu, lane.between, half)};
-  return lane;
-}
-
-/// The law of output channel o, or of all outputs, before a residual. With Strategy::channel of a dense layer all threads must
-/// call; the first one gets it.
-__device__ Law own_law(const PredictProblem& p, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, int64_t o) {
-  const float* w = a.predictor + kPredictorLaw;
-  if (a.strategy == Strategy::gaussian) return gaussian_law(fields_of(p, a, sample, e, o), w[0], w[1], w[2], w[3]);
-  const int64_t outputs = p.out_channels;
-  if (a.strategy == Strategy::gaussian_channel)
-    return gaussian_law(fields_of(p, a, sample, e, o), w[o], w[outputs + o], w[2 * outputs + o], 0.0f);
-  if (p.laws == 1) return channel_law(block_channel_sums(p, a, sample, e), p.positions, e.x_scale, w[0], w[1], w[2], w[3]);
-  const int64_t* sums = a.x.stats + sample * a.x.stats_stride + kStatsSample;
-  const int64_t c = o / p.group_channels;
-  return depthwise_law(sums[c], sums[p.in_channels + c], p.positions, e.x_zero_point, e.x_scale, w[o], w[outputs + o], w[2 * outputs + o]);
-}
-
-/// Calls visit(o, law) for this thread's output channels; the only law is the first thread's.
-template <class Visit>
-__device__ void for_each_law(const PredictProblem& p, const LayerArguments& a, int64_t sample, const SampleEpilogue& e, Visit visit) {
-  Law shortcut{};
-  if (a.residual.q != nullptr) {
-    const int64_t* stats = a.residual.stats + sample * a.residual.stats_stride;
-    shortcut = law_of_stats(stats[kStatsSum], stats[kStatsSquares], p.out_count, e.residual_zero_point, e.residual_scale);
-  }
-  for (int64_t o = p.laws == 1 ? 0 : threadIdx.x; o < p.laws; o += kThreads) {
-    Law law = own_law(p, a, sample, e, o);
-    if (a.residual.q != nullptr) law = add_laws(law, shortcut, a.predictor[kPredictorRho]);
-    if (p.laws > 1 || threadIdx.x == 0) visit(o, law);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) predict_kernel(const PredictProblem p, const LayerArguments a) {
-  const int64_t sample = blockIdx.x;
-  SampleEpilogue e = epilogue_inputs(a, sample);
-  QParams qparams{kNan, 0};
-  if (a.strategy == Strategy::fixed) {
-    qparams = fixed_qparams(a.predictor);
-  } else if (a.strategy == Strategy::dynamic || a.strategy == Strategy::probe) {
-    const RangeKeys keys = static_cast<const RangeKeys*>(a.workspace)[sample];
-    const float lo = -key_value(keys.minus_lo), hi = key_value(keys.hi);
-    qparams = a.strategy == Strategy::dynamic
-                  ? qparams_from_range(lo, hi)
-                  : probe_qparams(lo, hi, p.probes_whole, a.predictor, a.activation, a.activation_min, a.activation_max, *p.profile);
-  } else if (e.valid) {  // the same for all threads
-    Range range{kInfinity, -kInfinity};
-    for_each_law(p, a, sample, e, [&](int64_t, Law law) {
-      Range r;
-      law_range(law, a.predictor[kPredictorAlpha], a.predictor[kPredictorBeta], r.lo, r.hi);
-      if (!is_finite(r.lo) || !is_finite(r.hi)) r.lo = -kInfinity;  // makes the sample invalid
-      range = join(r, range);
-    });
-    range = block_range(range);
-    activation_range(a.activation, a.activation_min, a.activation_max, *p.profile, range.lo, range.hi);
-    qparams = qparams_from_range(range.lo, range.hi);
-  }
-  set_output(e, qparams, a.activation_min, a.activation_max);
-  int64_t* row = stats_row(a.y, sample, p.out_channels);
-  const int64_t columns = stats_row(a.y, 1, p.out_channels) - stats_row(a.y, 0, p.out_channels);
-  for (int64_t i = threadIdx.x; i < columns; i += kThreads) row[i] = i == kStatsClipped && !e.valid ? -1 : 0;
-  if (threadIdx.x != 0) return;
-  a.y.scale[sample] = e.valid ? qparams.scale : kNan;
-  a.y.zero_point[sample] = e.y_zero_point;
-}
-
-__global__ void __launch_bounds__(kThreads) law_kernel(const PredictProblem p, const LayerArguments a, float* laws) {
-  const int64_t sample = blockIdx.x;
-  const SampleEpilogue e = epilogue_inputs(a, sample);
-  float* out = laws + sample * p.laws * 2;
-  if (!e.valid) {
-    for (int64_t i = threadIdx.x; i < 2 * p.laws; i += kThreads) out[i] = kNan;
-    return;
-  }
-  for_each_law(p, a, sample, e, [&](int64_t o, Law law) {
-    out[2 * o] = law.mean;
-    out[2 * o + 1] = sqrtf(law.variance);
-  });
-}
+__global__ void __launch_bounds__(kPredictThreads) law_kernel(const PredictProblem p, const LayerArguments a, float* laws) { write_laws(p, a, blockIdx.x, laws); }
 
 }  // namespace
 
 void launch_predict(const PredictProblem& p, const LayerArguments& a, int64_t samples, void* stream) {
-  launch("conv2d", predict_kernel, {samples, kThreads}, stream, p, a);
+  launch("conv2d", predict_kernel, {samples, kPredictThreads}, stream, p, a);
 }
 
 void launch_law(const PredictProblem& p, const LayerArguments& a, int64_t samples, float* law, void* stream) {
-  launch("surrogate_law", law_kernel, {samples, kThreads}, stream, p, a, law);
+  launch("surrogate_law", law_kernel, {samples, kPredictThreads}, stream, p, a, law);
 }
 
 }  // namespace probquant::cuda

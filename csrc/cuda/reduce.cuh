@@ -42,6 +42,20 @@ __device__ inline Range sample_range(const Partition& p, const Place& place, con
   return block_range(r);
 }
 
+/// Whether this block is the last one of `count` that come here; in every thread, and once per kernel. What the others' atomics have added up
+/// before is there then, for volatile reads. `arrived` starts at 0.
+__device__ inline bool last_block(unsigned long long* arrived, int64_t count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1ull) == static_cast<unsigned long long>(count - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 /// A sample's row of stats: as stats_columns of types.h, which is host code.
 __device__ inline int64_t* stats_row(const QuantizedOutput& y, int64_t sample, int64_t channels) {
   return y.stats + sample * (kStatsSample + (y.channel_stats ? 2 * channels : 0));

@@ -19,6 +19,7 @@ MUTANTS = {
     "tiles_without_their_last_stage": ("layers_test", "dense.cu", "if (k_block + depth >= g_.k_blocks) return;", "if (k_block + depth + 1 >= g_.k_blocks) return;"),
     "chunks_beyond_the_row": ("layers_test", "dense.cu", "max_x + dx <= g.row_bytes - min(g.segment_inputs - byte, kChunk) &&", "max_x + dx <= g.row_bytes &&"),
     "columns_without_padding": ("layers_test", "dense.cu", "1u << walk.ky | 1u << (Field", "1u << walk.ky | 0u << (Field"),
+    "prediction_by_the_first_block": ("layers_test", "patch_sums.cu", "&first.count), grid.parts)", "&first.count), 1)"),
     "turned_depthwise_taps": ("layers_test", "depthwise.cu", "low23, 0x5410), w.x", "low23, 0x7632), w.x"),
     "keys_beyond_the_last": ("transformers_test", "attention.cu", "exists ? exponential(h, logits[h]) : 0.0f;", "exponential(h, logits[h]);"),
     "lanes_added_in_another_order": ("transformers_test", "attention.cu", "distance = 2; distance > 0; distance /= 2", "distance = 1; distance < 4; distance *= 2"),

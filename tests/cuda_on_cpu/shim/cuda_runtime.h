@@ -54,6 +54,8 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31u));
 }
 
+inline void __threadfence() {}
+
 template <class T>
 constexpr T min(T a, T b) {
   return b < a ? b : a;
