@@ -254,6 +254,35 @@ def test_in_a_cuda_graph():
         assert_same_bytes(ops.moments(wanted[0], 1, True), again)
 
 
+def layer_arguments(strategy, rng):
+    """Of conv2d and for pack_weight: a layer that samples patches, with a residual."""
+    x, residual = random_codes(rng, (2, 24, 14, 14)), random_codes(rng, (2, 40, 14, 14))
+    weight = torch.randint(-127, 128, (40, 3, 3, 24), generator=rng, dtype=torch.int8)
+    predictor = predictor_of(strategy, rng, 24, 40, 1, 9 * 24)
+    return x, (weight, torch.rand(40, generator=rng) * 1e-3), (40, [3, 3], [1, 1], [1, 1], [1, 1], 1, *residual, 0, 0.0, 6.0, int(probquant.Strategy[strategy]), predictor, 1, True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_in_a_cuda_graph_on_another_stream(strategy):
+    """Neither a synchronization nor an allocation of their own: a capture would fail. Behind a wait, on the stream that is current."""
+    x, constants, sizes = layer_arguments(strategy, torch.Generator().manual_seed(7))
+    wanted = ops.conv2d(*x, ops.pack_weight(*constants), *sizes)
+    on_device, packed, sizes = on_cuda(x), ops.pack_weight(*on_cuda(constants)), on_cuda(sizes)
+    ops.conv2d(*on_device, packed, *sizes)  # loads the kernels, which a capture may not
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        assert_same_bytes(wanted, ops.conv2d(*on_device, packed, *sizes))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ops.conv2d(*on_device, packed, *sizes)
+    for _ in range(2):  # stats start anew
+        graph.replay()
+        assert_same_bytes(wanted, got)
+
+
 def test_on_every_device():
     for index in range(torch.cuda.device_count()):
         x = noise((2, 3, 9, 9), torch.float32, index)

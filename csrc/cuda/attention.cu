@@ -6,7 +6,7 @@
 // keys: warp w has those with key / 8 % 4 = w, since NUMERICS.md sums exponentials in 32 interleaved lanes, and each of those lanes then
 // belongs to one thread. The softmax needs the largest logit before any weight, and the largest weight before any code, so the warps walk
 // over the keys three times and compute the logits anew: 2 mma of 16 x 8 x 32 per 128 of them and 64 channels, beside about 90 other
-// instructions, most of them exp. So keys may be as many as they like, and no logit leaves its registers. Fragments of keys and values are
+// instructions, most of them exp: far from a dense layer's 4 per mma, and no tile would change that, since an exp is per weight. So keys may be as many as they like, and no logit leaves its registers. Fragments of keys and values are
 // loaded as they are, 16 bytes per lane and whole sectors, from L1, which a head of a few hundred keys fits. Weights go from accumulators
 // into operands without moving: the values' fragments list the keys in the order in which a thread has them.
 //

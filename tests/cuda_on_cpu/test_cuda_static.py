@@ -77,6 +77,21 @@ def test_within_budget(compiled, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_opcodes(compiled, architecture):
+    """What every kernel must be made of: products on tensor cores or in dp4a; and what not: local memory, and double outside of the laws, which
+    have a 64th of float32's units on many GPUs."""
+    if machine_code.find_nvdisasm() is None:
+        pytest.skip("no nvdisasm found (pip install nvidia-cuda-nvdisasm)")
+    wanted = {"dense": {"IMMA", "LDSM"} | ({"LDGSTS"} if architecture >= 80 else {"LDG", "STS"}), "depthwise": {"IDP"}}
+    wanted_of_kernel = {"attention_kernel": {"IMMA"}}
+    for kernel, _ in compiled(architecture):
+        opcodes = set(kernel.code.opcodes)
+        assert wanted.get(kernel.file, set()) | wanted_of_kernel.get(kernel.title, set()) <= opcodes, kernel.title
+        assert not opcodes & {"LDL", "STL"}, kernel.title
+        assert kernel.file in ("predict", "patch_sums", "pairs") or not opcodes & {"DADD", "DMUL", "DFMA"}, kernel.title
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dense_main_loops(compiled, architecture):
     if machine_code.find_nvdisasm() is None:
         pytest.skip("no nvdisasm found (pip install nvidia-cuda-nvdisasm)")
