@@ -340,7 +340,7 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
         out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
         graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(p["arguments"], pytree.treespec_loads(p["in_spec"]), out_spec))
     qmodel = QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"])
-    qmodel.meta["choice"] = header["choice"]
+    qmodel.meta["choice"] = header.get("choice", "")
     return qmodel
 
 

@@ -203,6 +203,8 @@ def _check_choice(name: str, value, choices) -> None:
 
 def model_inputs(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
     """Each batch as the tuple of arguments that the model takes. Raises ValueError for no batches, or a bad one."""
+    if isinstance(batches, torch.Tensor):  # iterating it would give samples without their batch dimension
+        raise ValueError(f"probquant: calibration_batches is a tensor {list(batches.shape)}, want an iterable of batches: [batch], or batch.split(8)")
     limit, batch = _positional_limit(model), None
     for batch in batches:
         yield _inputs(batch, limit)

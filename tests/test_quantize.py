@@ -351,9 +351,10 @@ def test_calibration_data_must_be_finite(value, place):
         ([torch.zeros(0, 3, 32, 32)], "a calibration batch is empty, want at least one sample"),
         ([models.images("mobilenet", 2)[0], torch.zeros(0, 3, 32, 32)], "a calibration batch is empty, want at least one sample"),
         ([{"x": torch.zeros(1)}], "a calibration batch is a dict, want a tensor or a tuple of the model's inputs"),
+        (torch.zeros(2, 3, 32, 32), r"calibration_batches is a tensor \[2, 3, 32, 32\], want an iterable of batches"),
         ([["cat", "dog"]], "a calibration batch is a list, want a tensor or a tuple of the model's inputs"),
     ],
-    ids=["none", "empty", "empty later", "dict", "strings"],
+    ids=["none", "empty", "empty later", "dict", "a tensor", "strings"],
 )
 def test_calibration_batches_are_checked(batches, message):
     with pytest.raises(ValueError, match=message):
