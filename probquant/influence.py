@@ -102,10 +102,10 @@ def look(graph_module: fx.GraphModule, axes: dict[fx.Node, int], weighed_only: s
             begins = range(0, images, _PART if weigh else images)
             for begin in begins:
                 part = tuple(x[begin : begin + _PART] if weigh and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == images else x for x in inputs)
-                with torch.set_grad_enabled(weigh):
+                with torch.inference_mode(False), torch.set_grad_enabled(weigh):
                     _Looker(graph_module, axes, weighed_only, parts).look(part, number + begin if weigh else None)
             source += range(number, number + images)
-            version += [0 if inputs is chunk else 1 + i % KINDS for i in range(number, number + images)]
+            version += [0 if inputs is chunk else 1 + sample % KINDS for sample in range(number, number + images)]
             weighed += [weigh] * images
         number += images
     seen = {node: Seen(*(part.double() for part in torch.cat(found, 1))) for node, found in parts.items()}
@@ -121,12 +121,13 @@ class _Looker(fx.Interpreter):
     def look(self, inputs: tuple, number: int | None) -> None:
         """number: of the first sample, which its random numbers depend on; None: not backwards."""
         self.images = inputs[0].shape[0]
-        outputs = float_outputs(self.run(*inputs))
+        outputs = float_outputs(self.run(*map(_differentiable, inputs)))
         if number is None:
             return
         outputs = [output for output in outputs if output.requires_grad]
         if outputs:
-            random = [torch.stack([torch.randn(y.shape, generator=torch.Generator().manual_seed(number + i)) for i, y in enumerate(output)]) for output in outputs]
+            generators = [torch.Generator().manual_seed(number + i) for i in range(self.images)]  # a sample's vector depends on the sample alone
+            random = [torch.stack([torch.randn(y.shape, generator=generator) for y, generator in zip(output, generators, strict=True)]) for output in outputs]
             torch.autograd.backward(outputs, random, inputs=self.leaves)
             return
         for found in self.parts.values():  # nothing to differentiate: every tensor's noise over its signal counts the same
@@ -136,7 +137,7 @@ class _Looker(fx.Interpreter):
 
     def get_attr(self, target, args, kwargs):
         value = super().get_attr(target, args, kwargs)
-        return value.detach() if isinstance(value, torch.Tensor) else value  # parameters need no gradients
+        return _differentiable(value.detach()) if isinstance(value, torch.Tensor) else value  # parameters need no gradients
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
@@ -172,3 +173,8 @@ class _Looker(fx.Interpreter):
         if self.axes[node] == 1:
             return value.reshape(self.images, value.shape[1], -1)
         return value.reshape(self.images, -1, value.shape[-1]).transpose(1, 2)
+
+
+def _differentiable(x):
+    """The same, for autograd to use: what inference_mode made cannot be."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x

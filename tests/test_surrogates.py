@@ -134,7 +134,8 @@ def test_autos_predictors_stay_small(chosen):
 
 def test_auto_repeats_itself_and_is_saved_with_its_reasons(chosen, tmp_path):
     model, images, qmodel = chosen
-    again = pq.quantize(model, images.split(5), surrogate="auto", progress=False)
+    with torch.inference_mode():
+        again = pq.quantize(model, [part.clone() for part in images.split(5)], surrogate="auto", progress=False)
     assert {k: v.tolist() for k, v in again.state_dict().items()} == {k: v.tolist() for k, v in qmodel.state_dict().items()} and again.layers == qmodel.layers
     pq.save(qmodel, tmp_path / "model")
     assert str(pq.load(tmp_path / "model").summary()) == str(qmodel.summary())
