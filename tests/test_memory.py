@@ -1,6 +1,5 @@
 """On the probabilistic path no activation wider than 8 bits is allocated, the model's inputs and outputs apart."""
 
-import math
 import os
 import subprocess
 import sys
@@ -84,11 +83,9 @@ def test_probabilistic_allocates_no_wide_activation(options, float_network, imag
     assert largest == 4 * 32 * 64 * 64  # the first convolution's output, one byte per value
 
 
-def test_probe_holds_a_share_of_an_activation(float_network, images):
-    """Beside codes: a sixteenth of a layer's output in 32 bits, or all of a layer of fewer than 64 positions."""
-    qmodel = pq.quantize(float_network, [images], surrogate="probe", progress=False)
-    sizes = {int(line.split(" allocates ")[1].split()[0]) for line in wide_activations(qmodel, images)}
-    assert sizes and max(sizes) <= 4 * 32 * 64 * 64 * 4 / 16 + 4 * 8
+def test_probe_allocates_no_wide_activation(float_network, images):
+    """What it sees first is computed again; a layer of fewer than 64 positions, which it sees whole, fits beside the codes of others."""
+    assert wide_activations(pq.quantize(float_network, [images], surrogate="probe", progress=False), images) == []
 
 
 def test_static_allocates_no_wide_activation(float_network, images):
@@ -114,13 +111,12 @@ def layer_call(strategy, side, inputs, batch=3):
 @pytest.mark.parametrize("side, inputs", [(30, 16), (100, 1)])
 @pytest.mark.parametrize("strategy", [1, 2, 3, 4, 5])
 def test_what_one_layer_allocates(strategy, side, inputs):
-    """Its codes, scales, zero points and stats. Exact ranges: 32-bit sums, too, dynamic: of an image or more, probe: of a sixteenth of it. A large
-    output of few weights is computed twice instead."""
+    """Its codes, scales, zero points and stats; dynamic: 32-bit sums, too, of an image or more. A large output of few weights is computed twice
+    instead."""
     codes = 3 * 48 * side * side
     sizes = sorted((size for op, size in allocations(layer_call(strategy, side, inputs)) if "probquant::conv2d" in op), reverse=True)
-    held = {2: 0 if inputs == 1 else side * side, 5: 16 * math.ceil(side * side / 256)}.get(strategy)  # positions of an image
-    if held:
-        sizes.remove(3 * held * 48 * 4)
+    if strategy == 2 and inputs > 1:
+        sizes.remove(4 * codes)
     assert sizes == sorted([codes, 3 * 3 * 8, 3 * 4, 3 * 4], reverse=True)
 
 

@@ -1,6 +1,6 @@
 // Convolution and linear layers: validate, predict every sample's range, then run the row kernel of the selected ISA over
 // the executor's threads. The kernel's epilogue writes 8 bits at once. Where an exact range is wanted, of all outputs (dynamic) or of a
-// sixteenth of them (probe), a first pass finds it: its sums are computed again, or held in 32 bits where that takes less time.
+// sixteenth of them (probe), a first pass finds it, whose sums are computed again, or held in 32 bits where that takes less time.
 #include <algorithm>
 #include <vector>
 
@@ -130,105 +130,64 @@ void run_rows(const LayerProblem& p, LayerKernel kernel, int64_t row_begin, int6
 // ---------------------------------------------------------------------------------------------------------------------
 // Exact ranges: of all rows (dynamic), or of those that the probe sees
 
-/// How the exact range of some rows of each sample is found before anything is rounded: their sums are held in 32 bits, or their products
-/// are computed twice, first only for the range, which needs no memory. A block's sums of a row are 64 bytes. To store them in L2 and to load
-/// them takes less time than any products to be had; beyond, it takes longer than products of few weights.
+/// How the exact range of each sample's rows is found before anything is rounded: their sums are held in 32 bits, or their products are
+/// computed twice, first only for the range, which needs no memory. A block's sums of a row are 64 bytes. To store them in L2 and to load them
+/// takes less time than any products to be had; beyond, it takes longer than products of few weights. A probe of some rows holds nothing.
 struct ExactRange {
-  int64_t rows;     ///< of a sample
-  int64_t samples;  ///< of a pass
+  int64_t sample_bytes;  ///< of sums
+  int64_t samples;       ///< of a pass
   bool holds;
 
   ExactRange(const Conv2dShape& s, const PackedLayout& layout, Strategy strategy) {
-    const int64_t positions = s.out_height() * s.out_width();
-    rows = strategy == Strategy::dynamic ? positions : probe_segments(positions) * probe_segment_rows(positions);
-    const int64_t held_bytes = 4 * rows * layout.columns();
-    holds = !layout.depthwise && (held_bytes <= kCached || field_weights(s) * kBlockChannels > kClocksBeyond * kernels().macs_per_clock);
-    const int64_t most = std::max<int64_t>(1, kCached / std::max<int64_t>(1, holds ? held_bytes : s.in_height * s.in_width * s.in_channels));
+    const int64_t rows = s.out_height() * s.out_width();
+    sample_bytes = 4 * rows * layout.columns();
+    holds = !layout.depthwise && (strategy == Strategy::dynamic || probes_whole(rows)) &&
+            (sample_bytes <= kCached || field_weights(s) * kBlockChannels > kClocksBeyond * kernels().macs_per_clock);
+    const int64_t most = std::max<int64_t>(1, kCached / std::max<int64_t>(1, holds ? sample_bytes : s.in_height * s.in_width * s.in_channels));
     const int64_t passes = (s.batch + most - 1) / most;
     samples = passes > 0 ? (s.batch + passes - 1) / passes : 0;
   }
-  int64_t workspace_bytes(const PackedLayout& layout) const { return holds ? samples * 4 * rows * layout.columns() : 0; }
+  int64_t workspace_bytes() const { return holds ? samples * sample_bytes : 0; }
 
  private:
   static constexpr int64_t kCached = int64_t{1} << 20;  ///< bytes that L2 has for sums, or for the input of the samples of a pass
   static constexpr int64_t kClocksBeyond = 8;           ///< of products, from which on it is worth the while to hold sums beyond L2
 };
 
-/// Finds the ranges of as many samples at a time as `exact` says: see(begin, end) of samples [begin, end), whose parameters
-/// parameters(lo, hi) makes of the range, and finish(begin, end) writes the output. p.held is the first sample's, p.range theirs.
-template <class See, class Parameters, class Finish>
-void run_exact(LayerProblem& p, const ExactRange& exact, const LayerArguments& a, std::vector<SampleEpilogue>& samples, See see, Parameters parameters,
-               Finish finish) {
+/// The ranges of as many samples at a time as that says, from all rows or from the probe's segments, and then their output. Segments are computed
+/// again with the rows between them: to spare that would cut the rest to pieces, and takes longer.
+void run_exact(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
+  const ExactRange exact(p.shape, p.layout, a.strategy);
+  const int64_t rows = p.rows_per_sample, segments = probe_segments(rows);
+  const bool dynamic = a.strategy == Strategy::dynamic, whole = probes_whole(rows);
   std::vector<float> range(static_cast<size_t>(2 * exact.samples));
   for (int64_t begin = 0; begin < p.shape.batch; begin += exact.samples) {
     const int64_t end = std::min(p.shape.batch, begin + exact.samples);
-    p.range = range.data() - 2 * begin;  // kernels index by absolute sample
-    p.held = exact.holds ? static_cast<int32_t*>(a.workspace) : nullptr;
+    p.range = range.data() - 2 * begin;  // kernels index by absolute sample, and row
+    if (exact.holds) p.held = static_cast<int32_t*>(a.workspace) - begin * rows * p.layout.columns();
     for (int64_t n = begin; n < end; ++n) {
       p.range[2 * n] = kInfinity, p.range[2 * n + 1] = -kInfinity;
       set_output(samples[static_cast<size_t>(n)], {1.0f, 0}, a.activation_min, a.activation_max);
     }
-    see(begin, end);
+    if (dynamic || whole) {
+      run_rows(p, run.range, begin * rows, end * rows, executor);
+    } else {
+      run_tasks(p, (end - begin) * segments, executor, [&](int64_t i, int64_t channel_begin, int64_t channel_end) {
+        const int64_t first = (begin + i / segments) * rows;
+        const RowSpan span = probe_segment(rows, i % segments);
+        run.range(p, {first + span.begin, first + span.end, channel_begin, channel_end});
+      });
+    }
     for (int64_t n = begin; n < end; ++n) {
       SampleEpilogue& e = samples[static_cast<size_t>(n)];
-      const QParams y = parameters(p.range[2 * n], p.range[2 * n + 1]);
+      const float lo = p.range[2 * n], hi = p.range[2 * n + 1];
+      const QParams y = dynamic ? qparams_from_range(lo, hi)
+                                : probe_qparams(lo, hi, whole, a.predictor, a.activation, a.activation_min, a.activation_max, p.profile);
       set_output(e, y, a.activation_min, a.activation_max);
       write_qparams(a.y, n, e, y);
     }
-    finish(begin, end);
+    run_rows(p, run.quantized, begin * rows, end * rows, executor);
   }
-}
-
-/// `p`, whose held sums are those of row `row` and what follows.
-LayerProblem held_from(const LayerProblem& p, int32_t* held, int64_t row) {
-  LayerProblem part = p;
-  if (held) part.held = held - row * p.layout.columns();  // kernels index by absolute row
-  return part;
-}
-
-void run_dynamic(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
-  const int64_t rows = p.rows_per_sample;
-  const auto run_samples = [&](LayerKernel kernel, int64_t begin, int64_t end) {
-    run_rows(held_from(p, p.held, begin * rows), kernel, begin * rows, end * rows, executor);
-  };
-  run_exact(
-      p, ExactRange(p.shape, p.layout, a.strategy), a, samples, [&](int64_t begin, int64_t end) { run_samples(run.range, begin, end); }, qparams_from_range,
-      [&](int64_t begin, int64_t end) { run_samples(run.quantized, begin, end); });
-}
-
-/// Segments of rows first, for the range. Where their sums are held, the rows between them are computed apart.
-void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a, std::vector<SampleEpilogue>& samples, const Executor& executor) {
-  const int64_t rows = p.rows_per_sample, segments = probe_segments(rows), segment_rows = probe_segment_rows(rows);
-  /// Visits the segments of samples [begin, end): visit(problem that holds the segment, first row of its sample, segment, index, channels).
-  const auto for_each_segment = [&](int64_t begin, int64_t end, auto visit) {
-    run_tasks(p, (end - begin) * segments, executor, [&](int64_t i, int64_t channel_begin, int64_t channel_end) {
-      const int64_t first = (begin + i / segments) * rows;
-      const RowSpan span = probe_segment(rows, i % segments);
-      int32_t* const held = p.held ? p.held + i * segment_rows * p.layout.columns() : nullptr;
-      visit(held_from(p, held, first + span.begin), first, span, i % segments, channel_begin, channel_end);
-    });
-  };
-  run_exact(
-      p, ExactRange(p.shape, p.layout, a.strategy), a, samples,
-      [&](int64_t begin, int64_t end) {
-        for_each_segment(begin, end, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t, int64_t c0, int64_t c1) {
-          run.range(part, {first + span.begin, first + span.end, c0, c1});
-        });
-      },
-      [&](float lo, float hi) {
-        return probe_qparams(lo, hi, probes_whole(rows), a.predictor, a.activation, a.activation_min, a.activation_max, p.profile);
-      },
-      [&](int64_t begin, int64_t end) {
-        if (!p.held) return run_rows(p, run.quantized, begin * rows, end * rows, executor);
-        LayerProblem between = p;
-        between.held = nullptr;
-        for_each_segment(begin, end, [&](const LayerProblem& part, int64_t first, RowSpan span, int64_t i, int64_t c0, int64_t c1) {
-          const int64_t before = i == 0 ? 0 : probe_segment(rows, i - 1).end;
-          if (before < span.begin) run.quantized(between, {first + before, first + span.begin, c0, c1});
-          run.quantized(part, {first + span.begin, first + span.end, c0, c1});
-          if (i + 1 == segments && span.end < rows) run.quantized(between, {first + span.end, first + rows, c0, c1});
-        });
-      });
 }
 
 }  // namespace
@@ -236,8 +195,7 @@ void run_probe(LayerProblem& p, const LayerKernels& run, const LayerArguments& a
 int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy) {
   if (strategy != Strategy::dynamic && strategy != Strategy::probe) return 0;
   check_layer_shape(shape);
-  const PackedLayout layout(weight_shape(shape));
-  return ExactRange(shape, layout, strategy).workspace_bytes(layout);
+  return ExactRange(shape, PackedLayout(weight_shape(shape)), strategy).workspace_bytes();
 }
 
 std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows) {
@@ -297,10 +255,8 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   }
   clear_stats(a.y, shape.batch, shape.out_channels);
   require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy) == 0, "conv2d: workspace is null, want conv2d_workspace_bytes bytes");
-  if (a.strategy == Strategy::dynamic) {
-    run_dynamic(p, run, a, samples, executor);
-  } else if (a.strategy == Strategy::probe) {
-    run_probe(p, run, a, samples, executor);
+  if (a.strategy == Strategy::dynamic || a.strategy == Strategy::probe) {
+    run_exact(p, run, a, samples, executor);
   } else {
     run_rows(p, run.quantized, 0, rows, executor);
   }

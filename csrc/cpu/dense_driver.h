@@ -280,8 +280,7 @@ class DenseDriver {
         if (part_rows && line_length(width, y1 - y0) >= kShortLine) {
           const int64_t line = line_length(width, y1 - y0), parts = ceil_div(line, part_rows);
           int64_t at = from, oy = y0 + at / width, ox = x0 + at % width;
-          int64_t in_line = at % line, part_end = 0;  // of the part that `at` is in
-          int64_t index = 0;
+          int64_t in_line = at % line, index = in_line * parts / line, part_end = line * index / parts;  // of the part that `at` is in
           while (part_end <= in_line) part_end = line * ++index / parts;
           while (at < from + count) {
             start_tile(tile);

@@ -75,9 +75,8 @@ struct LayerArguments {
 /// y = activation(conv2d(x, w) + b + residual). One scale per image.
 PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, const Executor& executor);
 
-/// What is held in 32 bits until the range is known: with the dynamic strategy the whole output, with the probe the rows
-/// that are computed first; of a few samples at a time. Where it takes less time to compute these twice, which depends on the instruction
-/// set, and with the other strategies: 0.
+/// Sums that are held in 32 bits until their range is known, of a few samples at a time: with the dynamic strategy, and with the probe of samples
+/// that it sees whole. 0 where it takes less time to compute them twice, which depends on the instruction set, and with the other strategies.
 PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy);
 
 /// Rows (output positions of a sample, row-major) that Strategy::probe computes first, out of `rows`: disjoint ranges
