@@ -11,8 +11,8 @@
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
 // A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and
-// the vector units finish them once the next tile's first step is under way, which out-of-order execution overlaps; where steps are many,
-// 4 rows after each of them. Beside TDPBUSD, 512-bit multiplications and conversions start once per clock instead of twice.
+// the vector units finish them among the next tile's products, 4 rows at a time (see AmxKernel::steps). While TDPBUSD runs, 512-bit
+// multiplications, conversions and minima start once per clock instead of twice; float additions, integer ones and logic still twice.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
 #include "tiles.h"
@@ -66,8 +66,8 @@ template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
 /// Which epilogue the products of the next tile take along: those of two blocks and one sample.
-enum class Along { none, open, relu, any, residual, extremes };
-constexpr int kAlongKinds = 6;
+enum class Along { none, open, relu, any, residual, residual_relu, extremes };
+constexpr int kAlongKinds = 7;
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
@@ -109,9 +109,10 @@ class PendingRows {
   }
 
  private:
-  static constexpr Clamp kClamp = kAlong == Along::open ? Clamp::open : kAlong == Along::relu ? Clamp::relu : Clamp::any;
+  static constexpr bool kResidual = kAlong == Along::residual || kAlong == Along::residual_relu;
+  static constexpr Clamp kClamp = kAlong == Along::open ? Clamp::open : kAlong == Along::relu || kAlong == Along::residual_relu ? Clamp::relu : Clamp::any;
   Pending& pending_;
-  RowsFromMemory<true, kAlong == Along::residual, kClamp, kTileBlocks> from_;
+  RowsFromMemory<true, kResidual, kClamp, kTileBlocks> from_;
   int left_;
 };
 template <>
@@ -425,7 +426,8 @@ class AmxKernel : public DenseEpilogue {
   using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
 #define PROBQUANT_STEPS(parts, blocks) \
   {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
-   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::extremes>}
+   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::residual_relu>, \
+   &AmxKernel::steps<parts, blocks, Along::extremes>}
   static constexpr Steps kSteps[2][kTileBlocks][kAlongKinds] = {{PROBQUANT_STEPS(1, 1), PROBQUANT_STEPS(1, 2)}, {PROBQUANT_STEPS(2, 1), PROBQUANT_STEPS(2, 2)}};
 #undef PROBQUANT_STEPS
 
@@ -434,13 +436,14 @@ class AmxKernel : public DenseEpilogue {
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
     const SampleConstants& first = *samples[0];
-    const Along kind = p.residual ? Along::residual : first.relu ? Along::relu : first.open ? Along::open : Along::any;
+    const Along kind = p.residual ? first.relu ? Along::residual_relu : Along::residual : first.relu ? Along::relu : first.open ? Along::open : Along::any;
     pending.along = tile.one_sample && panel.blocks == kTileBlocks ? kind : Along::none;
-    pending.epilogue = (!tile.one_sample           ? kRowsEpilogues<false, true, Clamp::any>
-                        : kind == Along::residual ? kRowsEpilogues<true, true, Clamp::any>
-                        : kind == Along::relu     ? kRowsEpilogues<true, false, Clamp::relu>
-                        : kind == Along::open     ? kRowsEpilogues<true, false, Clamp::open>
-                                                  : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
+    pending.epilogue = (!tile.one_sample                ? kRowsEpilogues<false, true, Clamp::any>
+                        : kind == Along::residual      ? kRowsEpilogues<true, true, Clamp::any>
+                        : kind == Along::residual_relu ? kRowsEpilogues<true, true, Clamp::relu>
+                        : kind == Along::relu          ? kRowsEpilogues<true, false, Clamp::relu>
+                        : kind == Along::open          ? kRowsEpilogues<true, false, Clamp::open>
+                                                       : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
     if (!tile.one_sample) {
       __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(tile.rows));
       __builtin_memcpy(pending.counters, row_counters, sizeof row_counters[0] * static_cast<size_t>(tile.rows));
