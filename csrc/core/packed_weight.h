@@ -35,9 +35,6 @@ struct PackedTrailer {
 };
 static_assert(sizeof(PackedTrailer) % kStreamBytes == 0, "a multiple of 64 bytes");
 
-/// Bytes of all kernel rows of a weight whose segments are kernel rows, at most: kernels copy those of a pixel near the border.
-inline constexpr int64_t kMaxRowSegmentBytes = 400;
-
 struct PackedLayout {
   bool depthwise;
   int64_t out_channels, groups, taps, inputs;  ///< inputs per group
@@ -88,8 +85,7 @@ struct PackedLayout {
  private:
   static bool joins_rows(const WeightShape& s) {
     const int64_t row = s.kernel_width * s.in_channels_per_group;
-    return s.groups == 1 && s.kernel_width > 1 && s.in_channels_per_group < 16 && s.in_channels_per_group % 4 != 0 && row <= 128 &&
-           s.kernel_height * ((row + 3) / 4 * 4) <= kMaxRowSegmentBytes;
+    return s.groups == 1 && s.kernel_width > 1 && s.in_channels_per_group < 16 && s.in_channels_per_group % 4 != 0 && row <= 128;
   }
 };
 

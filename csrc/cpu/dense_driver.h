@@ -522,7 +522,7 @@ class DenseDriver {
     }
   }
 
-  static constexpr int64_t kCopyBytes = kTileRows * kMaxRowSegmentBytes;
+  static constexpr int64_t kCopyBytes = kTileRows * 400;  // of a call: all of 7x7x3 or 11x11x3 where a tile's rows need copies
 
   const uint8_t* const x_end;
   const int64_t tap_y, tap_x;    // bytes between taps

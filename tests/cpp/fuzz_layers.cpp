@@ -99,7 +99,7 @@ Conv2dShape random_shape(Random& r) {
     if (r.one_in(8)) s.in_width = r.between(16, 40);
     s.kernel_height = r.one_in(3) ? 1 : r.between(1, 4);
     s.kernel_width = r.one_in(3) ? 1 : r.one_in(5) ? r.between(5, 12) : r.between(1, 4);
-    if (r.one_in(40)) s.kernel_height = s.kernel_width = r.between(7, 13);
+    if (r.one_in(40)) s.kernel_height = s.kernel_width = r.between(7, 17);
     s.stride_height = r.between(1, 3);
     s.stride_width = r.between(1, 3);
     s.dilation_height = r.one_in(3) ? r.between(2, 3) : 1;
