@@ -21,10 +21,12 @@ from ._ops import Strategy
 from .graph import Unit
 from .metrics import joined_outputs, sqnr
 from .model import QuantizedModel
+from .nodes import fixes_batch
 from .shifts import KINDS
 from .surrogates import Candidate
 
 _JUDGED_CHUNKS = 5  # of the held ones, whose outputs are looked at
+_JUDGED_VALUES = 65537  # of each output of a sample, evenly spaced (a prime, so that the spacing follows no row)
 _BEHIND_PROFILED = 0.3  # dB that the network's output may be behind exact ranges with profiles
 _BEHIND_SHIFTED = 0.1  # dB that one version of the samples may be behind, if all together are not
 _BEHIND_WORST = 1.0  # dB that the worst sample may be behind the worst with exact ranges
@@ -177,41 +179,38 @@ class Judges:
     NAMES = ("clean", "contrast", "dark", "bright", "noise")
 
     def __init__(self, graph_module: fx.GraphModule, chunks: Sequence[tuple], shifted: Callable[[tuple, int], list[tuple]]):
-        self.chunks, self.shifted = chunks[:_JUDGED_CHUNKS], shifted
-        with torch.no_grad():
-            self.wanted = [[joined_outputs(graph_module(*inputs)) for inputs in self._versions(*pair)] for pair in self._numbered()]
+        self.chunks, self.shifted, self.whole = chunks[:_JUDGED_CHUNKS], shifted, fixes_batch(graph_module.graph)
+        self.wanted = list(self._outputs(lambda half: graph_module))
 
-    def _numbered(self) -> Iterator[tuple[tuple, int]]:
+    def _outputs(self, model: Callable[[int], Callable]) -> Iterator[tuple[list[int], int, torch.Tensor]]:
+        """(numbers of samples, how often their shift has moved on, their outputs [samples, values]): of every chunk, as it is (-1) and with
+        every sample shifted in every way, one half after the other."""
         number = 0
         for chunk in self.chunks:
-            yield chunk, number
-            number += chunk[0].shape[0]
-
-    def _versions(self, chunk: tuple, number: int) -> list[tuple]:
-        """The chunk as it is, and with every sample shifted in every way."""
-        return [chunk, *(version for kind in range(KINDS) for version in self.shifted(chunk, number + kind))]
+            numbers = number + torch.arange(chunk[0].shape[0])
+            halves = numbers // KINDS % 2
+            for shift in range(-1, KINDS):
+                for inputs in (chunk,) if shift < 0 else self.shifted(chunk, number + shift):
+                    for half in halves.unique().tolist():
+                        mine = halves == half
+                        part = inputs if self.whole else tuple(x[mine] if isinstance(x, torch.Tensor) and x.dim() and len(x) == len(mine) else x for x in inputs)
+                        with torch.no_grad():
+                            outputs = joined_outputs(model(half)(*part), part[0].shape[0], _JUDGED_VALUES)
+                        yield numbers[mine].tolist(), shift, outputs[mine] if self.whole else outputs
+            number += len(numbers)
 
     def decibels(self, model: Callable[[int], Callable]) -> torch.Tensor:
         """SQNR of the output, [versions in the order of NAMES, samples]. model(half): what runs on the samples of that half (see RangeFit)."""
-        found: list[list[torch.Tensor]] = [[] for _ in range(1 + KINDS)]
-        with torch.no_grad():
-            for (chunk, number), wanted in zip(self._numbered(), self.wanted, strict=True):
-                halves = (number + torch.arange(chunk[0].shape[0])) // KINDS % 2
-                for shift, (inputs, reference) in enumerate(zip(self._versions(chunk, number), wanted, strict=True)):
-                    result = torch.empty(len(halves), dtype=torch.float64)
-                    for half in halves.unique().tolist():
-                        mine = halves == half
-                        part = tuple(x[mine] if isinstance(x, torch.Tensor) and x.dim() and len(x) == len(mine) else x for x in inputs)
-                        result[mine] = sqnr(reference[mine], joined_outputs(model(half)(*part)))
-                    # a shift's kind goes with the number of the sample: version 1 + k has sample n under kind (n + k) % KINDS
-                    for i, value in enumerate(result):
-                        found[0 if shift == 0 else 1 + (number + i + shift - 1) % KINDS].append(value)
-        return torch.stack([torch.stack(values) for values in found if values])
+        found: list[dict[int, torch.Tensor]] = [{} for _ in range(1 + KINDS)]
+        for (numbers, shift, wanted), (_, _, outputs) in zip(self.wanted, self._outputs(model), strict=True):
+            for number, value in zip(numbers, sqnr(wanted, outputs), strict=True):
+                found[0 if shift < 0 else 1 + (number + shift) % KINDS][number] = value
+        return torch.stack([torch.stack([values[number] for number in sorted(values)]) for values in found if values])
 
 
 def summary(decibels: torch.Tensor) -> list[tuple[float, float]]:
-    """(mean, worst) of each version."""
-    return [(float(values.nanmean()), float(values.nan_to_num(nan=math.inf).min())) for values in decibels]
+    """(mean, worst) of each version; of those whose outputs are all 0, or nothing that depends on the sample, nothing can be told."""
+    return [(float(values.nanmean()), float(values.nan_to_num(nan=math.inf).min())) for values in decibels if not values.isnan().all()]
 
 
 @dataclasses.dataclass
@@ -230,11 +229,15 @@ class Target:
             return min(max(mean, profiled_mean - _BEHIND_PROFILED), profiled_mean)
 
         pairs = list(zip(summary(exact), summary(profiled), strict=True))
+        if not pairs:
+            return Target(math.inf, [], [])
         together = wanted(*(statistics.fmean(mean for mean, _ in summary(decibels)) for decibels in (exact, profiled)))
         means = [wanted(a[0], b[0]) - _BEHIND_SHIFTED for a, b in pairs]
         return Target(together, means, [min(a[1], b[1]) - _BEHIND_WORST for a, b in pairs])
 
     def reached(self, decibels: torch.Tensor) -> bool:
+        if not self.means:  # an output that tells nothing: exact ranges, then
+            return False
         means, worst = zip(*summary(decibels), strict=True)
         pairs = (*zip(means, self.means, strict=True), *zip(worst, self.worst, strict=True))
         return statistics.fmean(means) >= self.together and all(value >= least for value, least in pairs)
@@ -252,7 +255,9 @@ def told(exact: torch.Tensor, profiled: torch.Tensor, reached: torch.Tensor, cou
     def row(decibels: torch.Tensor) -> str:
         return " / ".join(f"{mean:.1f}" for mean, _ in summary(decibels))
 
-    names = " / ".join(Judges.NAMES[: len(reached)])
+    names = " / ".join(name for name, values in zip(Judges.NAMES, reached, strict=False) if not values.isnan().all())
+    if not names:
+        return "auto: exact ranges everywhere: no floating-point output has a row per sample that is not 0, so there was nothing to judge by"
     return (
         f"auto: {count} of {steps} steps up from the cheapest ranges, about {nanoseconds / 1e3:.0f} us per sample over fixed ones; output SQNR on calibration samples "
         f"({names}): {row(reached)} dB; exact ranges: {row(profiled)}, without profiles {row(exact)}"

@@ -201,7 +201,7 @@ def compare(
                     layers[name].add(n, float_layers[which], captured)
                 else:
                     output = qmodel(*inputs)
-                image_sqnr[name] += sqnr(joined_outputs(reference), joined_outputs(output)).tolist()
+                image_sqnr[name] += sqnr(joined_outputs(reference, n), joined_outputs(output, n)).tolist()
                 classes[name].append(_classes(output))
             seen += n
             bar.update(n)

@@ -15,6 +15,7 @@ from torch import fx
 
 from .graph import Unit, shape_of
 from .metrics import float_outputs
+from .nodes import fixes_batch
 from .shifts import KINDS
 
 _WEIGHED_CHUNKS = 3  # whose samples, as they are and shifted, go backwards, too
@@ -95,13 +96,13 @@ def look(graph_module: fx.GraphModule, axes: dict[fx.Node, int], weighed_only: s
     alone are weighed. axes: what is looked at, and where it has its channels; weighed_only: of these, what is asked for nothing but its gain."""
     parts: dict[fx.Node, list[torch.Tensor]] = {node: [] for node in axes}
     source, version, weighed = [], [], []
-    number = 0
+    number, whole = 0, fixes_batch(graph_module.graph)
     for i, chunk in enumerate(chunks):
         images, weigh = chunk[0].shape[0], i < _WEIGHED_CHUNKS
         for inputs in (chunk, *(shifted(chunk, number) if weigh else ())):
-            begins = range(0, images, _PART if weigh else images)
-            for begin in begins:
-                part = tuple(x[begin : begin + _PART] if weigh and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == images else x for x in inputs)
+            step = _PART if weigh and not whole else images
+            for begin in range(0, images, step):
+                part = tuple(x[begin : begin + step] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == images else x for x in inputs)
                 with torch.inference_mode(False), torch.set_grad_enabled(weigh):
                     _Looker(graph_module, axes, weighed_only, parts).look(part, number + begin if weigh else None)
             source += range(number, number + images)
@@ -117,11 +118,21 @@ class _Looker(fx.Interpreter):
         super().__init__(graph_module)
         self.axes, self.weighed_only, self.parts = axes, weighed_only, parts
         self.leaves: list[torch.Tensor] = []
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def look(self, inputs: tuple, number: int | None) -> None:
         """number: of the first sample, which its random numbers depend on; None: not backwards."""
+        try:
+            self._look(inputs, number)
+        finally:  # a tensor holds its hook and the hook this object, which holds tensors: a circle through C++, which Python's collector does not see
+            for hook in self.hooks:
+                hook.remove()
+            self.leaves.clear()
+            self.env.clear()
+
+    def _look(self, inputs: tuple, number: int | None) -> None:
         self.images = inputs[0].shape[0]
-        outputs = float_outputs(self.run(*map(_differentiable, inputs)))
+        outputs = float_outputs(self.run(*map(_differentiable, inputs)), self.images)
         if number is None:
             return
         outputs = [output for output in outputs if output.requires_grad]
@@ -153,25 +164,25 @@ class _Looker(fx.Interpreter):
             found[0], found[1] = channels.amin(2), channels.amax(2)
         if not torch.is_grad_enabled():
             return value
-        occupied = (channels != 0).float() if whole else None
+        occupied = channels != 0 if whole else None
         if whole:
             found[2] = channels.mean(2)
             found[3] = torch.linalg.vector_norm(channels, dim=2).square() / max(channels.shape[2], 1)
             found[4], found[5] = channels.shape[2], occupied.sum(2)
 
-        def hook(gradient: torch.Tensor) -> None:
-            gradient = self._by_channel(node, gradient)
-            found[6] = torch.linalg.vector_norm(gradient * occupied if whole else gradient, dim=2).square()
-            found[7] = gradient.sum(2).square()
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # of a root or a logarithm at 0: one such value would be the price of every layer before it
+            channels = self._by_channel(node, gradient)
+            found[6] = torch.linalg.vector_norm(channels * occupied if whole else channels, dim=2).square()
+            found[7] = channels.sum(2).square()
+            return gradient
 
-        value.register_hook(hook)
+        self.hooks.append(value.register_hook(hook))
         return value
 
     def _by_channel(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """[images, channels, values]"""
-        value = value.float()
-        if self.axes[node] == 1:
-            return value.reshape(self.images, value.shape[1], -1)
+        """[images, channels, values]; what an image has may be several rows, of frames or windows"""
+        value = value.float() if self.axes[node] != 1 else value.float().movedim(1, -1)
         return value.reshape(self.images, -1, value.shape[-1]).transpose(1, 2)
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _MAX_DB = 138.5  # 2 ** -46, the square of float32's resolution: no SQNR is told beyond it
 
@@ -26,20 +27,22 @@ def sqnr(reference: Tensor, approximation: Tensor) -> Tensor:
 
 
 def outputs_of(output) -> list[Tensor]:
-    """All tensors of a model's output, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    return [tensor for part in output for tensor in outputs_of(part)]
+    """All tensors of a model's output, in a fixed order; what else is in it (None, numbers, strings) is left out."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def float_outputs(output) -> list[Tensor]:
-    """Those of a model's output tensors that are floating-point."""
-    return [tensor for tensor in outputs_of(output) if tensor.is_floating_point()]
+def float_outputs(output, images: int) -> list[Tensor]:
+    """Those of a model's output tensors that are floating-point and have one row per image: anchors and parameters do not depend on the input."""
+    return [tensor for tensor in outputs_of(output) if tensor.is_floating_point() and tensor.dim() and len(tensor) == images]
 
 
-def joined_outputs(output) -> Tensor:
-    """All of a model's outputs as one float32 tensor [N, values]."""
-    tensors = outputs_of(output)
-    return torch.cat([tensor.reshape(len(tensors[0]), -1).float() for tensor in tensors], dim=1)
+def joined_outputs(output, images: int, most: int | None = None) -> Tensor:
+    """All of a model's float_outputs() as one float32 tensor [images, values]; of each at most `most` values per image, evenly spaced."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        tensor = tensor.reshape(images, math.prod(tensor.shape[1:]))
+        count = tensor.shape[1]
+        return (tensor if most is None or count <= most else tensor[:, torch.arange(most, device=tensor.device) * count // most]).float()
+
+    tensors = float_outputs(output, images)
+    return torch.cat([rows(tensor) for tensor in tensors], dim=1) if tensors else torch.empty(images, 0)

@@ -31,6 +31,11 @@ def shape_of(node: fx.Node) -> tuple | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def fixes_batch(graph: fx.Graph) -> bool:
+    """Whether the graph of a model runs on as many samples as it was traced with, and no others."""
+    return isinstance(shape_of(next(node for node in graph.nodes if node.op == "placeholder"))[0], int)
+
+
 def layer_name(node: fx.Node, weight: Any = None) -> str:
     """The module path of a layer, from its weight's name (`weight`, or the second argument); the node's name where there is none."""
     if weight is None and len(node.args) > 1:

@@ -26,6 +26,7 @@ from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .influence import Look, channel_axis, look
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
+from .nodes import fixes_batch
 from .profiles import apply_profiles, choose_powers, find_components
 from .transformer import aliases
 
@@ -100,7 +101,7 @@ def quantize(
         "channel_profile": bool(channel_profile) if channel_profile is not None or strategy != "probabilistic" else None,
         "weight_rounding": weight_rounding,
     }  # fmt: skip
-    chunks = inputs_in_chunks(chain([example], inputs))
+    chunks = chunks_for(graph_module, chain([example], inputs))
     held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
     qmodel = quantize_graph(graph_module, chain(held, chunks), settings, include, exclude, progress)
     validate(qmodel)
@@ -112,7 +113,7 @@ def quantize_graph(
     graph_module: fx.GraphModule, chunks: Iterator[tuple], settings: dict[str, Any],
     include: Sequence[str] | None, exclude: Sequence[str] | None, progress: bool,
 ) -> QuantizedModel:  # fmt: skip
-    """quantize() behind its checks: from what trace() gave, which is changed, and inputs_in_chunks()."""
+    """quantize() behind its checks: from what trace() gave, which is changed, and chunks_for()."""
     units = find_units(graph_module)
     choose_int8(units, _selector(units, include, exclude))
     if not any(unit.int8 and unit.is_layer for unit in units):
@@ -250,6 +251,11 @@ def _selector(units: list[Unit], include, exclude):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Calibration
+
+
+def chunks_for(graph_module: fx.GraphModule, batches: Iterable[tuple]) -> Iterator[tuple]:
+    """What runs through the graph at once: the batches as they come, where it takes no others."""
+    return iter(batches) if fixes_batch(graph_module.graph) else inputs_in_chunks(batches)
 
 
 def inputs_in_chunks(batches: Iterable[tuple]) -> Iterator[tuple]:
@@ -573,6 +579,24 @@ class _Values(dict):
         return self[node]
 
 
+class _Observer(fx.Interpreter):
+    """Runs the float graph and keeps the values of some nodes."""
+
+    def __init__(self, graph_module: fx.GraphModule, needed: set[fx.Node]):
+        super().__init__(graph_module)
+        self.needed, self.values = needed, {}
+
+    def observe(self, inputs: tuple) -> dict[fx.Node, torch.Tensor]:
+        self.run(*inputs)
+        return self.values
+
+    def run_node(self, node: fx.Node):
+        result = super().run_node(node)
+        if node in self.needed:
+            self.values[node] = result
+        return result
+
+
 def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
     """The model of `variant` with the ranges that auto takes; `rival` has exact ranges everywhere, and no profiles (it may be the same)."""
     plans = [plan for plan in variant.plans if len(plan.candidates) > 1]
@@ -633,32 +657,21 @@ def _calibrate(
     plans = [plan for variant in variants for plan in variant.plans]
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
-    def run(inputs: tuple) -> dict[fx.Node, torch.Tensor]:
-        values = {}
-
-        class Observer(fx.Interpreter):
-            def run_node(self, node):
-                result = super().run_node(node)
-                if node in needed:
-                    values[node] = result
-                return result
-
-        Observer(graph_module).run(*inputs)
-        return values
-
     number = 0
     learns = any(plan.learns for plan in plans)
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
         for chunk in chunks if learns else ():
             versions = [chunk, *(shifted(chunk, number) if shifted else ())]
             for inputs in versions if number == 0 else ():
-                raw = run(inputs)
+                raw = values = None  # the last run's, which else would live beside the next one's
+                raw = _Observer(graph_module, needed).observe(inputs)
                 for variant in variants:
                     values = variant.values(raw)
                     for plan in variant.plans:
                         plan.prepare(values, chunk[0].shape[0])
             for inputs in versions:
-                raw = run(inputs)
+                raw = values = None
+                raw = _Observer(graph_module, needed).observe(inputs)
                 for variant in variants:
                     values = variant.values(raw)
                     for plan in variant.plans:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
-import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from .compare import latency, percent, text_table
 from .graph import trace
 from .metrics import joined_outputs, sqnr
 from .model import QuantizedModel
-from .quantize import inputs_in_chunks, model_inputs, quantize, quantize_graph
+from .quantize import chunks_for, model_inputs, quantize, quantize_graph
 
 
 @dataclass
@@ -95,17 +93,18 @@ def sensitivity(
     if not candidates:
         raise ValueError(f"probquant: layers is {layers!r}, want patterns that match int8 layers: {[layer.name for layer in weighted]}")
 
-    chunks = list(inputs_in_chunks(model_inputs(model, batches)))
+    inputs = list(model_inputs(model, batches))
+    graph_module = trace(model, inputs[0])
+    chunks = list(chunks_for(graph_module, inputs))
     starts = accumulate((chunk[0].shape[0] for chunk in chunks), initial=0)
     evaluation = [chunk for chunk, start in zip(chunks, starts) if start < images]
-    graph_module = trace(model, chunks[0])
     with torch.no_grad():
-        reference = [joined_outputs(graph_module(*chunk)) for chunk in evaluation]
+        reference = [joined_outputs(graph_module(*chunk), chunk[0].shape[0]) for chunk in evaluation]
 
     def measure(qmodel: QuantizedModel) -> float:
         with torch.no_grad():
-            found = [sqnr(expected, joined_outputs(qmodel(*chunk))) for chunk, expected in zip(evaluation, reference, strict=True)]
-        return statistics.fmean(value for value in torch.cat(found).tolist() if not math.isnan(value))
+            found = [sqnr(expected, joined_outputs(qmodel(*chunk), chunk[0].shape[0])) for chunk, expected in zip(evaluation, reference, strict=True)]
+        return float(torch.cat(found).nanmean())
 
     def variant(names: list[str]) -> QuantizedModel:
         exclude = [*(given.get("exclude") or ()), *map(_literal, names)]

@@ -1,14 +1,18 @@
 """What auto decides with: what noise is worth at the output, the ladder, and the targets."""
 
+import gc
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
+import probquant as pq
 from probquant import choice, influence
 from probquant.choice import Option
 from probquant.graph import choose_int8, find_units, trace
+from probquant.metrics import joined_outputs, sqnr
 
 
 def test_influence_is_that_of_the_jacobian():
@@ -89,3 +93,95 @@ def test_better_weighs_clean_and_shifted_samples_alike():
     assert choice.better(a, b) and not choice.better(b, a)
     a[1:] = -1.5
     assert not choice.better(a, b)
+
+
+def looked(model, *chunk):
+    """(graph, int8 units, what look() finds in their outputs, channels first)"""
+    graph_module = trace(model.eval(), chunk)
+    units = find_units(graph_module)
+    choose_int8(units, lambda name: True)
+    return units, influence.look(graph_module, {unit.output: 1 for unit in units if unit.is_layer}, set(), [chunk], lambda chunk, number: [])
+
+
+def test_looking_keeps_no_activations():
+    looked(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3)), torch.randn(4, 2, 8, 8))
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is influence._Looker]
+
+
+def test_a_gradient_that_is_not_a_number_stays_where_it_is():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = self.second(self.first(x)) * (x[:, :1] > 0)
+            return x.square().sum(1).sqrt()  # at 0: 0 / 0
+
+    units, found = looked(Norm(), torch.randn(2, 2, 4, 4))
+    assert all(bool(found.seen[unit.output].gain.isfinite().all() and (found.seen[unit.output].gain > 0).any()) for unit in units if unit.is_layer)
+
+
+def test_channels_of_frames_are_told_apart():
+    class Frames(nn.Module):  # [N, T, C, H, W]
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x):
+            return self.conv(x.flatten(0, 1)).unflatten(0, (-1, 4)).mean(1)
+
+    model, x = Frames(), torch.randn(2, 4, 3, 6, 6)
+    units, found = looked(model, x)
+    y = model.conv(x.flatten(0, 1)).detach().unflatten(0, (2, 4))
+    seen = found.seen[units[0].output]
+    assert torch.allclose(seen.largest.float(), y.amax((1, 3, 4)), atol=1e-5) and torch.allclose(seen.mean.float(), y.mean((1, 3, 4)), atol=1e-5)
+
+
+class Outputs(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv, self.head, self.outputs = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3), outputs
+        self.anchors = nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        return self.outputs(self, self.head(self.conv(x).relu()).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "judged"),
+    [
+        (lambda self, y: (y, None), True),
+        (lambda self, y: {"logits": y, "classes": 4, "kind": "logits", "best": y.argmax(1)}, True),
+        (lambda self, y: (y, self.anchors, y.mean()), True),
+        (lambda self, y: y.mean(), False),
+        (lambda self, y: y * 0.0, False),
+        (lambda self, y: y.argmax(1), False),
+    ],
+    ids=["none", "dict", "no batch", "scalar", "zero", "integers"],
+)
+def test_whatever_a_model_returns(outputs, judged):
+    torch.manual_seed(0)
+    qmodel = pq.quantize(Outputs(outputs), [torch.randn(5, 3, 8, 8), torch.randn(6, 3, 8, 8)], progress=False)
+    told = qmodel.meta["choice"]
+    assert ("dB" in told) == judged and "nan" not in told and "inf" not in told
+    if not judged:
+        assert "nothing to judge by" in told and {layer.strategy for layer in qmodel.layers if layer.kind == "conv2d"} <= {"dynamic", "float32 output"}
+
+
+def test_a_version_without_a_signal_is_left_out():
+    decibels = torch.full((3, 4), 20.0, dtype=torch.float64)
+    decibels[1] = math.nan  # in the dark nothing comes out
+    target = choice.Target.of(decibels, decibels)
+    assert target.reached(decibels) and not target.reached(decibels - 2.0)
+    assert "clean / dark" in choice.told(decibels, decibels, decibels, 1, 2, 3.0)
+
+
+def test_large_outputs_are_judged_by_some_of_their_values():
+    y = torch.randn(2, 5, 100, 100)
+    some = joined_outputs((y, y[:, 0], torch.zeros(3)), 2, 997)
+    assert some.shape == (2, 2 * 997)
+    noisy = y + 0.1 * torch.randn(y.shape)
+    assert float((sqnr(some, joined_outputs((noisy, noisy[:, 0]), 2, 997)) - 20.0).abs().max()) < 0.7
+    assert torch.equal(joined_outputs(y, 2, 50000), y.flatten(1))

@@ -519,13 +519,14 @@ def test_a_fixed_batch_size_is_told():
     class Fixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3)
+            self.convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
 
         def forward(self, x):
-            return self.conv(x).reshape(4, -1)
+            return self.convs(x).reshape(4, -1)
 
     with pytest.warns(UserWarning, match="Fixed fixes its batch size at 4"):
-        qmodel = pq.quantize(Fixed(), [torch.randn(4, 3, 8, 8)], progress=False)
+        qmodel = pq.quantize(Fixed(), [torch.randn(4, 3, 8, 8) for _ in range(3)], progress=False)
+    assert "dB" in qmodel.meta["choice"]
     assert qmodel(torch.randn(4, 3, 8, 8)).shape == (4, 288)
 
 

@@ -36,7 +36,7 @@ def found(network, batches):
 
 def output_sqnr(network, qmodel, images):
     with torch.no_grad():
-        return sqnr(network(images), joined_outputs(qmodel(images))).mean().item()
+        return sqnr(network(images), joined_outputs(qmodel(images), len(images))).mean().item()
 
 
 def test_finds_the_layer_that_int8_hurts(found):
