@@ -103,8 +103,8 @@ class QuantizedModel(fx.GraphModule):
     """An int8 model. Call it as the float model it was made from: same inputs, same outputs, any batch size.
 
     Its graph is straight-line code over torch.ops.probquant; `units` holds the tensors of the int8 layers. Copying and
-    pickling go through the same form as files do. A plain call on the CPU runs the graph's int8 ops as recorded at the first
-    one (recording.py), with the tensors that the model then had; recompile() forgets the recording.
+    pickling go through the same form as files do. A plain call on the CPU runs the graph's int8 ops as recorded (recording.py), which
+    happens at the first one, after recompile(), and when a tensor that the graph reads was exchanged.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any]):
@@ -130,26 +130,27 @@ class QuantizedModel(fx.GraphModule):
 
         @functools.wraps(graph_forward)
         def forward(self, *args, **kwargs):
-            if torch.compiler.is_compiling() or not all(type(x) is torch.Tensor and x.is_cpu for x in pytree.tree_leaves((args, kwargs))):
+            if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in pytree.tree_leaves((args, kwargs))):
                 return graph_forward(self, *args, **kwargs)
-            if not self._recorded:
-                self.__dict__["_recorded"] = (record(self) or functools.partial(graph_forward, self),)
-            return self._recorded[0](*args, **kwargs)
+            run, tensors = self._recorded
+            if run is None or not all(holder.get(name) is tensor for holder, name, tensor in tensors):
+                run = record(self) or functools.partial(graph_forward, self)
+                self.__dict__["_recorded"] = (run, self._tensors_read())
+            return run(*args, **kwargs)
 
         cls.forward = forward
-        self._forget()
+        self.__dict__["_recorded"] = (None, [])
         return code
 
-    def _forget(self) -> None:
-        self.__dict__["_recorded"] = ()
-
-    def _apply(self, fn, recurse=True):
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(self, *args, **kwargs):
-        self._forget()
-        return super().load_state_dict(*args, **kwargs)
+    def _tensors_read(self) -> list[tuple[dict, str, torch.Tensor]]:
+        """(where it is held, by which name, the tensor) of each that the graph reads."""
+        found = []
+        for target in dict.fromkeys(node.target for node in self.graph.nodes if node.op == "get_attr"):
+            path, _, leaf = target.rpartition(".")
+            module = self.get_submodule(path)
+            holder = next(held for held in (module._buffers, module._parameters, module.__dict__) if leaf in held)
+            found.append((holder, leaf, holder[leaf]))
+        return found
 
     def __deepcopy__(self, memo) -> QuantizedModel:
         return _rebuild(_header(self), {name: tensor.clone() for name, tensor in _tensors(self).items()})
@@ -201,6 +202,11 @@ def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
     return Capture(ops.dequantize(q, scale, zero_point), clipped)
 
 
+def _is_traced() -> bool:
+    """Whether what is called now must be the graph's ops: by torch.compile, torch.export, make_fx, fake tensors, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class UnitTensors(nn.Module):
     """Tensors of one int8 layer: the canonical weight (what files hold) and its packed form (what kernels read)."""
 
@@ -217,8 +223,15 @@ class UnitTensors(nn.Module):
         device = self.weight.device
         super()._apply(fn, recurse)
         if self.weight.device != device:  # every kind of device has its own packed form
-            self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups, self.profile)
+            self._pack()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def _pack(self) -> None:
+        self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups, self.profile)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A call from Python costs more than a small layer's arithmetic: a MobileNetV2 on one image of 224 x 224 spends a third of its time
 between its ops. A QuantizedModel that is called plainly on the CPU therefore runs as recorded here; whoever traces it
-(torch.compile, torch.export, its own capture and telemetry) sees its graph. The format stands in csrc/torch/recording.h.
+(torch.compile, torch.export, make_fx, its own capture) sees its graph. The format stands in csrc/torch/recording.h.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
     for op in names:
         head += [len(op), *op.encode()]
     head += [len(results), *results]
-    root[name] = torch.tensor(head + body, dtype=torch.int64)
+    root[name] = torch.tensor(head + body, dtype=torch.int64, device="cpu")
     root[f"{name}_constants"] = [operator.attrgetter(node.target)(graph_module).detach() for node in constants]
     code, held = graph.get_attr(name), graph.get_attr(f"{name}_constants")
     call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, code))

@@ -115,7 +115,7 @@ def test_what_one_layer_allocates(strategy, side, inputs):
     instead."""
     codes = 3 * 48 * side * side
     sizes = sorted((size for op, size in allocations(layer_call(strategy, side, inputs)) if "probquant::conv2d" in op), reverse=True)
-    if strategy == 2 and inputs > 1:
+    if strategy == 2 and (inputs > 1 or pq.cpu_info()["isa_used"] == "reference"):
         sizes.remove(4 * codes)
     assert sizes == sorted([codes, 3 * 3 * 8, 3 * 4, 3 * 4], reverse=True)
 

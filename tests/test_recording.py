@@ -1,5 +1,6 @@
 """A model that is called plainly runs as recorded: the same bytes as its graph, in a few calls; a damaged recording does no harm."""
 
+import copy
 import functools
 import random
 import threading
@@ -8,6 +9,7 @@ import models
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import probquant as pq
 from probquant import ops
@@ -79,22 +81,41 @@ def test_nothing_to_record():
 
 
 def test_the_recording_follows_the_model():
-    first, second = (pq.quantize(models.build("resnet"), [models.images("resnet", 8, seed=s)], surrogate="gaussian", channel_profile=False, progress=False) for s in (0, 5))
-    x = models.images("resnet", 2)
+    first, x = copy.deepcopy(quantized("resnet", surrogate="gaussian")), models.images("resnet", 2)
+    state = first.state_dict()
+    second = copy.deepcopy(first)
+    second.load_state_dict({name: 1.5 * tensor if name.endswith("weight_scale") else tensor for name, tensor in state.items()})
     before, wanted = first(*x), second(*x)
     assert not equal(before, wanted)
+    assert equal(torch.func.functional_call(first, {**dict(second.named_buffers()), **dict(second.named_parameters())}, x), wanted)
+    assert equal(first(*x), before)
     first.load_state_dict(second.state_dict())
-    for name, unit in second.int8_layers.named_children():
-        if hasattr(unit, "packed_weight"):
-            first.int8_layers.get_submodule(name).packed_weight = unit.packed_weight
     assert equal(first(*x), wanted)
-    again = first.to(torch.float32)
-    assert again is first and equal(first(*x), wanted)
+    unit = next(unit for unit in first.int8_layers.children() if hasattr(unit, "predictor"))
+    unit.predictor = 2 * unit.predictor
+    assert equal(first(*x), fx.Interpreter(first).run(*x)) and not equal(first(*x), wanted)
     output = next(node for node in first.graph.nodes if node.op == "output")
+    before = first(*x)
     with first.graph.inserting_before(output):
         output.args = torch.fx.node.map_arg(output.args, lambda node: first.graph.call_function(torch.neg, (node,)))
     first.recompile()
-    assert equal(first(*x), -wanted)
+    assert equal(first(*x), -before)
+
+
+def test_tracers_see_the_ops():
+    qmodel, x = quantized("mobilenet", surrogate="gaussian"), models.images("mobilenet", 2)
+    qmodel(*x)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(qmodel)(*x)
+    assert int8_ops_of(traced) and not runs_of(traced)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert qmodel(*(mode.from_tensor(part) for part in x)).shape == qmodel(*x).shape
+
+
+def test_recorded_on_the_cpu_whatever_the_default_device():
+    qmodel, x = pq.quantize(models.build("resnet"), [models.images("resnet", 8)], surrogate="gaussian", progress=False), models.images("resnet", 2)
+    wanted = fx.Interpreter(qmodel).run(*x)
+    with torch.device("meta"):
+        assert equal(qmodel(*x), wanted)
 
 
 def test_threads_share_a_model():

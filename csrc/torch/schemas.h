@@ -8,7 +8,7 @@
 // Strategy, activation: the integers of types.h. Bounds of None are infinite. padding is [height, width] or
 // [top, bottom, left, right]. With strategy 0 (none) a layer or a
 // layer_norm returns its float32 output and three empty tensors.
-// run replays a recording of the others (recording.h).
+// run replays a recording of the others (recording.h); it has no fake: whoever traces runs the others themselves.
 #pragma once
 
 #define PROBQUANT_X "Tensor x, Tensor x_scale, Tensor x_zero_point"

@@ -117,6 +117,8 @@ class IntView {
 
 class Scratch;
 
+inline constexpr size_t kMaxRank = 16;  // of tensors that ops make
+
 /// A tensor: one of torch's, by an owned handle, or one in a Scratch. Its metadata is asked for once, when it is made.
 /// Move-only, and moving is free; borrow() makes a second one, which must not outlive the first.
 class Tensor {
@@ -234,7 +236,7 @@ class Scratch {
 
   Tensor like_;
   std::vector<Tensor> chunks_;
-  size_t used_ = kChunk;
+  size_t used_ = 0;
   bool outside_ = false;
 };
 
@@ -253,7 +255,6 @@ inline Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype, const
 
 /// The same, contiguous.
 inline Tensor empty(IntView sizes, int32_t dtype, const Tensor& like) {
-  constexpr size_t kMaxRank = 16;
   if (sizes.size() > kMaxRank) throw Error("a tensor of more than 16 dimensions");
   int64_t strides[kMaxRank];
   int64_t step = 1;
@@ -265,7 +266,7 @@ inline Tensor empty(IntView sizes, int32_t dtype, const Tensor& like) {
 }
 
 inline char* Scratch::allocate(size_t bytes) {
-  if (used_ + bytes > kChunk) {
+  if (chunks_.empty() || used_ + bytes > kChunk) {
     chunks_.push_back(torch_empty_strided({static_cast<int64_t>(kChunk)}, {1}, codes().uint8, like_));
     used_ = 0;
   }
@@ -276,6 +277,7 @@ inline char* Scratch::allocate(size_t bytes) {
 
 inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dtype) {
   if (outside_) return torch_empty_strided(sizes, strides, dtype, like_);
+  if (sizes.size() > kMaxRank) throw Error("a tensor of more than 16 dimensions");
   size_t elements = 1;  // as far as the last one; no stride is below what makes the sizes dense
   bool overflow = false;
   for (size_t i = 0; i < sizes.size(); ++i) {
