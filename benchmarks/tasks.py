@@ -79,13 +79,18 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     return drop - half, drop + half
 
 
-def imagenet(name: str, folder: str | None, weights: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Classification:
-    """ImageNet-1k pictures. `folder` may hold `calibration` and `validation`; without the former packages' photographs calibrate."""
-    model, preprocessing = named_model(name, weights)
+def split_pictures(folder: str | None, calibrate_on: str | None, limit: int | None) -> tuple[ImageSet, ImageSet]:
+    """(those that calibrate, at most `limit` that are evaluated). `folder` may hold `calibration` and `validation`."""
     if folder is not None and (Path(folder) / "validation").is_dir():
         calibrate_on = calibrate_on or (str(Path(folder) / "calibration") if (Path(folder) / "calibration").is_dir() else None)
         folder = str(Path(folder) / "validation")
-    calibrating, evaluating = choose_images(folder, calibrate_on, limit)
+    return choose_images(folder, calibrate_on, limit)
+
+
+def imagenet(name: str, folder: str | None, weights: str | None, calibrate_on: str | None, calibration: int | None, limit: int | None) -> Classification:
+    """ImageNet-1k pictures. `folder` may hold `calibration` and `validation`; without the former packages' photographs calibrate."""
+    model, preprocessing = named_model(name, weights)
+    calibrating, evaluating = split_pictures(folder, calibrate_on, limit)
     known = [i for i, label in enumerate(evaluating.labels) if label >= 0]
     if not known:
         raise ValueError(f"no labelled pictures in {evaluating.source}")
@@ -268,9 +273,6 @@ def saliency(name: str, weights: str | None, folder: str | None, calibrate_on: s
         raise ValueError(f"no saliency network {name!r}; there is vit_s_focus")
     if not folder:
         raise ValueError(f"{name} needs --imagenet DIR, pictures of any kind")
-    if (Path(folder) / "validation").is_dir():
-        calibrate_on = calibrate_on or (str(Path(folder) / "calibration") if (Path(folder) / "calibration").is_dir() else None)
-        folder = str(Path(folder) / "validation")
-    calibrating, evaluating = choose_images(folder, calibrate_on, limit)
+    calibrating, evaluating = split_pictures(folder, calibrate_on, limit)
     model, decoder = network.vit_s_focus(weights)
     return Saliency(name, model, decoder, network.PREPROCESSING, calibrating.sample(calibration), evaluating)

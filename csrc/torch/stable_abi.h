@@ -123,7 +123,7 @@ inline constexpr size_t kMaxRank = 16;  // of tensors that ops make
 /// Move-only, and moving is free; borrow() makes a second one, which must not outlive the first.
 class Tensor {
  public:
-  explicit Tensor(AtenTensorOpaque* owned) : handle_(owned), data_(nullptr), scratch_(nullptr) {
+  explicit Tensor(AtenTensorOpaque* owned) : Tensor(owned, nullptr) {  // delegates, so that an error below still frees the handle
     int64_t *sizes, *strides;
     PROBQUANT_TORCH_CHECK(aoti_torch_get_data_ptr(owned, &data_));
     PROBQUANT_TORCH_CHECK(aoti_torch_get_dim(owned, &rank_));
@@ -195,6 +195,7 @@ class Tensor {
 
  private:
   friend class Scratch;
+  Tensor(AtenTensorOpaque* owned, Scratch* scratch) noexcept : handle_(owned), data_(nullptr), scratch_(scratch) {}
   Tensor(const Tensor& other) noexcept : handle_(other.handle_) { copy_view(other); }
   void copy_view(const Tensor& other) noexcept {
     data_ = other.data_, scratch_ = other.scratch_, sizes_ = other.sizes_, strides_ = other.strides_, rank_ = other.rank_;
