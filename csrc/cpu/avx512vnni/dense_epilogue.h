@@ -391,11 +391,8 @@ class DenseEpilogue {
         const uint8_t* residual = p.residual ? p.residual + at : nullptr;
         if (output == Output::codes) {
           finish_codes(a, header, e, rounding, residual, lanes, at);
-          continue;
-        }
-        if (output == Output::floats) {
+        } else if (output == Output::floats) {
           _mm512_mask_storeu_ps(p.y_float + at, lanes, layer_values(a, header, e, p, residual, lanes));
-          continue;
         }
       }
     }
