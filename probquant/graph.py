@@ -1,6 +1,6 @@
-"""From a float model to its layers: captures the graph, folds batch norms, and finds what one int8 kernel can do.
+"""From a float model to its layers: captures the graph, and finds what one int8 kernel can do.
 
-`trace` gives a functional ATen graph (torch.export) without batch norms and dropouts; `find_units` groups its nodes into
+`trace` gives a functional ATen graph (torch.export), simplified by folding.py; `find_units` groups its nodes into
 units: a convolution or linear layer with the residual add and the activation behind it, a LayerNorm with the residual add in front
 of it, an attention, or one op without weights. A unit is what becomes one op of torch.ops.probquant, and what reports call a layer.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import warnings
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch import fx, nn
 
 from . import transformer
 from ._ops import Activation
-from .nodes import argument, aten, attribute, layer_name, new_parameter, shape_of
+from .folding import fold
+from .nodes import argument, aten, attribute, layer_name, same_size, shape_of
 
-_IDENTITIES = {aten.dropout.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 _FLOAT_LAYERS = {
     aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d", aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
     aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d", aten.conv_transpose3d.input: "conv_transpose3d",
@@ -83,8 +82,8 @@ class Unit:
 
 
 def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
-    """Functional ATen graph of `model` in eval mode with a dynamic batch, batch norms and LayerScales folded, identities removed,
-    attentions in the one form of transformer.py.
+    """Functional ATen graph of `model` in eval mode with a dynamic batch, simplified (folding.py), attentions in the one form of
+    transformer.py.
 
     The model is left as it is; weights of the result are copies where folding changed them. Raises RuntimeError when
     torch.export cannot capture the model.
@@ -104,10 +103,7 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and not node.users:  # torch.export's guards on input shapes: every batch size is welcome
             graph_module.graph.erase_node(node)
-    _remove_identities(graph_module)
-    _fold_batch_norms(graph_module)
-    _fold_hardsigmoids(graph_module)
-    _fold_layer_scales(graph_module)
+    fold(graph_module)
     transformer.rewrite_attention(graph_module, example)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -134,101 +130,6 @@ def _export(model, example):
             f"probquant: {type(model).__name__} fixes its batch size at {example[0].shape[0]}: {str(dynamic_error).splitlines()[0]}", stacklevel=3
         )
         return program
-
-
-def _remove_identities(graph_module: fx.GraphModule) -> None:
-    """A view may rely on the copy in front of it, which goes, and on strides that an int8 layer gives otherwise: it becomes a reshape."""
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target in _IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-        elif node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-
-
-def _is_first_output(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0
-
-
-def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
-    """y = (conv(x) - mean) / sqrt(var + eps) * weight + bias becomes one convolution, computed in float64."""
-    graph = graph_module.graph
-    for norm in list(graph.nodes):
-        if norm.op != "call_function" or norm.target is not aten._native_batch_norm_legit_no_training.default:
-            continue
-        layer, *parameters, _momentum, eps = norm.args
-        if layer.target not in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default) or len(layer.users) != 1:
-            continue
-        weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
-        scale, shift, mean, variance = (attribute(graph_module, p) for p in parameters)
-        if weight is None or mean is None or not all(_is_first_output(user) for user in norm.users):
-            continue
-        factor = (variance.double() + eps).rsqrt() * (scale.double() if scale is not None else 1.0)
-        offset = (0.0 if bias is None else bias.double()) - mean.double()
-        offset = offset * factor + (shift.double() if shift is not None else 0.0)
-        folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-        _replace_parameters(graph_module, layer, folded, offset, "folded")
-        for user in list(norm.users):
-            user.replace_all_uses_with(layer)
-            graph.erase_node(user)
-        graph.erase_node(norm)
-
-
-def _fold_hardsigmoids(graph_module: fx.GraphModule) -> None:
-    """hardsigmoid(layer(x)) = clamp(layer(x) / 6 + 0.5, 0, 1): the slope goes into the layer's weights, what is left is a clamp."""
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not aten.hardsigmoid.default:
-            continue
-        layer = node.args[0]
-        if layer.op != "call_function" or layer.target not in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default) or len(layer.users) != 1:
-            continue
-        weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
-        if weight is None or (argument(layer, 2, "bias") is not None and bias is None):
-            continue
-        offset = (torch.zeros(len(weight)) if bias is None else bias.double()) / 6 + 0.5
-        _replace_parameters(graph_module, layer, weight.double() / 6, offset, "hardsigmoid")
-        with graph.inserting_after(node):
-            clamp = graph.call_function(aten.clamp.default, (layer, 0.0, 1.0))
-        clamp.meta = dict(node.meta)
-        node.replace_all_uses_with(clamp)
-        graph.erase_node(node)
-
-
-def _fold_layer_scales(graph_module: fx.GraphModule) -> None:
-    """(x w + b) * scale, a parameter per output channel, becomes one layer: the LayerScale of arXiv 2103.17239."""
-    for product in list(graph_module.graph.nodes):
-        if product.op != "call_function" or product.target is not aten.mul.Tensor:
-            continue
-        for layer, parameter in (product.args[:2], product.args[1::-1]):
-            scale = attribute(graph_module, parameter)
-            if scale is None or not isinstance(layer, fx.Node) or len(layer.users) != 1 or layer.target not in (aten.conv2d.default, aten.linear.default):
-                continue
-            weight, bias = attribute(graph_module, layer.args[1]), attribute(graph_module, argument(layer, 2, "bias"))
-            behind = 2 if layer.target is aten.conv2d.default else 0  # dimensions behind the channels
-            matches = weight is not None and scale.numel() == len(weight) and scale.dim() > behind and scale.shape[scale.dim() - 1 - behind] == len(weight)
-            if not matches or shape_of(product) != shape_of(layer):
-                continue
-            factor = scale.double().flatten()
-            folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-            _replace_parameters(graph_module, layer, folded, None if bias is None else bias.double() * factor, "layer_scale")
-            product.replace_all_uses_with(layer)
-            graph_module.graph.erase_node(product)
-            break
-
-
-def _replace_parameters(graph_module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None, how: str) -> None:
-    """Gives a layer another weight and bias, of its weight's dtype; reports go on naming it by the parameter it had."""
-    original = layer.args[1]
-    parameter, dtype = original.meta.get("parameter", original.target), attribute(graph_module, original).dtype
-    with graph_module.graph.inserting_before(layer):
-        nodes = [
-            value if value is None else new_parameter(graph_module, f"{original.target}_{how}{suffix}", value.to(dtype), parameter)
-            for suffix, value in (("", weight), ("_bias", bias))
-        ]
-    nodes[0].meta["val"] = original.meta.get("val")
-    layer.args = (layer.args[0], *nodes, *layer.args[3:])
-    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,7 +355,7 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
         factor = _whole_factor(node, source, shape)
         return unit("upsample_nearest2d", scale_factor=factor) if factor else None
     if target in (aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims):
-        if len(shape) == 2 and len(source) > 2 and _same_size(shape[0], source[0]):
+        if len(shape) == 2 and len(source) > 2 and same_size(shape[0], source[0]):
             return unit("flatten")
     return None
 
@@ -469,7 +370,7 @@ def _factors(node: fx.Node, shape: tuple) -> list[fx.Node] | None:
     if shape_of(a) != shape or len(shape) < 2:
         return None
     other = shape_of(b)
-    per_channel = len(shape) == len(other) == 4 and _same_size(other[0], shape[0]) and other[1:] == (shape[1], 1, 1)
+    per_channel = len(shape) == len(other) == 4 and same_size(other[0], shape[0]) and other[1:] == (shape[1], 1, 1)
     return [a, b] if other == shape or per_channel else None
 
 
@@ -483,10 +384,6 @@ def _whole_factor(node: fx.Node, source: tuple, shape: tuple) -> list[int] | Non
     repeated = pixels.repeat_interleave(height, 2).repeat_interleave(width, 3)
     # torch finds the source pixel in float32 arithmetic, which misses some: take its word, not the factor's
     return [height, width] if torch.equal(node.target(pixels, *node.args[1:], **node.kwargs), repeated) else None
-
-
-def _same_size(a, b) -> bool:
-    return str(a) == str(b)  # symbolic sizes: no guards
 
 
 def _window(node: fx.Node) -> tuple[list[int], list[int], list[int]]:

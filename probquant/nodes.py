@@ -31,6 +31,11 @@ def shape_of(node: fx.Node) -> tuple | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def same_size(a, b) -> bool:
+    """Of two sizes that may be symbolic: compared without a guard."""
+    return str(a) == str(b)
+
+
 def fixes_batch(graph: fx.Graph) -> bool:
     """Whether the graph of a model runs on as many samples as it was traced with, and no others."""
     return isinstance(shape_of(next(node for node in graph.nodes if node.op == "placeholder"))[0], int)

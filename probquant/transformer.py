@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,9 +41,9 @@ ROLES = ("query", "key", "value")
 
 
 def aliases(name: str) -> list[str]:
-    """The names of a layer: its own and, of a part of a fused projection, the whole one's."""
+    """The names of a layer: its own and, of a part of a fused projection or of another layer (folding.py), the whole one's."""
     whole, _, part = name.rpartition(".")
-    return [name, whole] if part in ROLES and whole else [name]
+    return [name, whole] if whole and (part in ROLES or re.fullmatch(r"part\d+", part)) else [name]
 
 
 class _Mismatch(Exception):
