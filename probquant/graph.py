@@ -89,11 +89,9 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     torch.export cannot capture the model.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # torch.export specialises sizes 0 and 1, so the example has at least two images.
-    example = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     model.eval()
     try:
-        program = _export(model, example)
+        program, example = _export(model, example)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph_module = program.run_decompositions({}).module()
@@ -111,25 +109,28 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
 
 
 def _export(model, example):
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
+    """(program, the example it was traced with): of any batch size where the model takes any, else of the example's."""
 
-    def export(**options):
-        inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in example)  # torch.export marks what it is given
+    def export(inputs, **options):
+        inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)  # torch.export marks what it is given
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, inputs, strict=False, **options)
 
+    # torch.export specialises sizes 0 and 1, so a batch that may vary has at least two images.
+    several = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
     try:
-        return export(dynamic_shapes=dynamic)
+        return export(several, dynamic_shapes=dynamic), several
     except Exception as dynamic_error:
         try:
-            program = export()
+            program = export(example)
         except Exception as error:
             raise RuntimeError(f"probquant: torch.export cannot capture {type(model).__name__}: {error}") from error
         warnings.warn(
             f"probquant: {type(model).__name__} fixes its batch size at {example[0].shape[0]}: {str(dynamic_error).splitlines()[0]}", stacklevel=3
         )
-        return program
+        return program, example
 
 
 # ----------------------------------------------------------------------------------------------------------------------

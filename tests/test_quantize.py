@@ -515,19 +515,22 @@ def test_names_of_layers_may_be_names_of_the_library():
     same(run(copy.deepcopy(qmodel), (x,)), run(qmodel, (x,)))
 
 
-def test_a_fixed_batch_size_is_told():
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_size_is_told(batch):
     class Fixed(nn.Module):
         def __init__(self):
             super().__init__()
             self.convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
 
         def forward(self, x):
-            return self.convs(x).reshape(4, -1)
+            return self.convs(x).reshape(batch, 288)
 
-    with pytest.warns(UserWarning, match="Fixed fixes its batch size at 4"):
-        qmodel = pq.quantize(Fixed(), [torch.randn(4, 3, 8, 8) for _ in range(3)], progress=False)
+    model = Fixed().eval()
+    with pytest.warns(UserWarning, match=f"Fixed fixes its batch size at {batch}"):
+        qmodel = pq.quantize(model, [torch.randn(batch, 3, 8, 8) for _ in range(3)], progress=False)
     assert "dB" in qmodel.meta["choice"]
-    assert qmodel(torch.randn(4, 3, 8, 8)).shape == (4, 288)
+    x = torch.randn(batch, 3, 8, 8)
+    close(run(qmodel, (x,)), run(model, (x,)))
 
 
 def test_what_cannot_be_exported_is_told():
