@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -52,6 +54,24 @@ def cache_bytes() -> dict[int, int]:
                 text = (entry / "size").read_text().strip()
                 sizes[int((entry / "level").read_text())] = int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
     return sizes
+
+
+def compiled(source: Path, *options: str, reads: Sequence[Path] = ()) -> Path:
+    """A shared library of a C++ file, made by the system's compiler ($CXX, c++, g++ or clang++) and kept in the user's cache folder
+    until the file, the command or one of the headers that it `reads` changes."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")]
+    if not compiler[0]:
+        raise SystemExit(f"{source.name} needs a C++ compiler: install one, or name it in CXX")
+    command = [*compiler, "-std=c++17", "-fPIC", "-shared", str(source), *options]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *reads)) + " ".join(command).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probquant-benchmarks"
+    library = folder / f"{source.stem}-{key}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{source.stem}-{key}.{os.getpid()}"
+        subprocess.run([*command, "-o", str(temporary)], check=True)
+        os.replace(temporary, library)
+    return library
 
 
 def versions() -> dict[str, str]:

@@ -2,27 +2,42 @@
 
 The first line, an empty Python function, is the clock itself. torch's own relu and add on the same number of bytes are
 the yardstick for what torch's dispatcher and allocator cost. Ours write four tensors per call, relu one. "Recorded" is an op's share
-of a chain of 32 in one call, as a model runs its layers (probquant/recording.py).
+of a chain of 32 in one call, as a model runs its layers (probquant/recording.py). "Arguments alone" is the floor of a convolution's call: an
+op of the same schema that does nothing (overhead.cpp, left out where there is no C++ compiler), whose four results are made nowhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import describe_run, keep_heap, pin, print_run, text_table, write_results
+from common import compiled, describe_run, keep_heap, pin, print_run, text_table, write_results
 from contestants import recorded_call
 from probquant import surrogates
 from probquant._ops import Strategy, ops
 
 _CALLS = 200  # in one measurement
 _CHAIN = 32  # ops of a recording
+
+
+def conv2d_floor() -> Callable | None:
+    """An op that takes what conv2d takes and gives its first four arguments back."""
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        return None
+    here, torch_libraries = Path(__file__).parent, Path(torch.__file__).with_name("lib")
+    csrc = here.parent / "csrc"
+    library = compiled(here / "overhead.cpp", "-O2", f"-I{csrc / 'include'}", f"-L{torch_libraries}", "-ltorch_cpu", reads=sorted((csrc / "torch").glob("*.h")))
+    torch.ops.load_library(library)
+    return torch.ops.probquant_floor.conv2d.default
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -67,6 +82,8 @@ def calls() -> dict[str, Callable[[], object]]:
             gamma = {"gamma": 4} if name == "probabilistic" else {}
             found[f"conv2d {text} {name}"] = lambda o={**options, **gamma}, g=geometry: ops.conv2d.default(*x, *g, **o)
             found[f"conv2d {text} {name}, recorded"] = recorded_call(ops.conv2d.default, x, geometry, {**options, **gamma}, _CHAIN)
+            if kernel == 1 and name == "static" and (floor := conv2d_floor()):
+                found["conv2d, arguments alone"] = lambda o=options, g=geometry: floor(*x, *g, **o)
     head = torch.tensor([6.0, 6.0, 0.0])
     for name, options in ranges(head).items():
         found[f"add {name}"] = lambda o=options: ops.add.default(*x, *x, **o)

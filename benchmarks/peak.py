@@ -8,17 +8,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import available_cpus, cache_bytes, cpu_facts, describe_run, pin, print_run, text_table, write_results
+from common import available_cpus, cache_bytes, compiled, cpu_facts, describe_run, pin, print_run, text_table, write_results
 
 KINDS = {
     "amx_tile": "int8 product of tiles, 16 x 16 x 64 (tdpbusd)",
@@ -34,19 +29,7 @@ KINDS = {
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    source = Path(__file__).with_name("peak.cpp")
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")]
-    if not compiler[0]:
-        raise SystemExit("peak.py needs a C++ compiler: install one, or name it in CXX")
-    command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi"]
-    key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probquant-benchmarks"
-    library = folder / f"peak-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".peak-{key}.{os.getpid()}"
-        subprocess.run([*command, str(source), "-o", str(temporary)], check=True)
-        os.replace(temporary, library)
+    library = compiled(Path(__file__).with_name("peak.cpp"), "-O3", "-pthread", "-Wno-psabi")
     loaded = ctypes.CDLL(str(library))
     loaded.probquant_peak_macs.restype = loaded.probquant_peak_bytes.restype = ctypes.c_double
     loaded.probquant_peak_macs.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_double]
