@@ -1,5 +1,5 @@
-// quantize, dequantize, moments and mark_codes, AVX-512. All but the transposing quantize stream through memory once, 16
-// floats or 64 codes per step; a step needs about 12 instructions per 16 floats, under the time they take to come from L3.
+// quantize, dequantize, moments and mark_codes, AVX-512. All but the quantize of other than three planes stream through memory once, 16 or
+// 64 floats or 64 codes per step; a step needs about 8 instructions per 16 floats, under the time they take to come from L3.
 #include "epilogue.h"
 
 namespace probquant {
@@ -56,14 +56,45 @@ void float_range(const QuantizeProblem& p, int64_t begin, int64_t end, float* lo
   *hi = _mm512_reduce_max_ps(high);
 }
 
-/// Codes of 16 floats in dwords, counted.
+/// Codes of 16 floats in dwords, or of a run of floats, counted.
 struct Quantizer {
   Rounding rounding;
+  WordRounding words;
   __m512 inverse_scale;
-  __m512i sums = _mm512_setzero_si512(), products = _mm512_setzero_si512();
-  int64_t vectors = 0, sum = 0, squares = 0, clipped = 0;
+  __m512i sums = _mm512_setzero_si512(), products = _mm512_setzero_si512();  ///< of codes in dwords
+  CodeSums codes_sums;  ///< of 64 at a time
+  ClipCount clips;
+  int64_t vectors = 0, codes_vectors = 0, sum = 0, squares = 0, clipped = 0;
 
-  Quantizer(float inverse, int32_t zero_point) : rounding(zero_point), inverse_scale(_mm512_set1_ps(inverse)) {}
+  Quantizer(float inverse, int32_t zero_point)
+      : rounding(zero_point), words{_mm512_set1_epi16(static_cast<int16_t>(zero_point)), {}, {}}, inverse_scale(_mm512_set1_ps(inverse)) {}
+
+  /// Codes of 64 floats in words, as the layers' epilogue has them: a third of the instructions.
+  __m512i codes64(const char* from, DType dtype) {
+    const __m512 beyond = _mm512_set1_ps(1000.0f);  // clipped by any zero point, and fits words
+    __m512i code[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m512 x = load_floats(from + k * kLanes * element_bytes(dtype), dtype, 0xffff);
+      code[k] = _mm512_cvtps_epi32(clamp_ps(_mm512_mul_ps(x, inverse_scale), negate_ps(beyond), beyond));
+    }
+    const __m512i low = words.words<Clamp::open>(code[0], code[1]), high = words.words<Clamp::open>(code[2], code[3]);
+    clips.add<Clamp::open>(low, ~__mmask32{0});
+    clips.add<Clamp::open>(high, ~__mmask32{0});
+    const __m512i packed = _mm512_packus_epi16(low, high);
+    codes_sums.add(packed);
+    if (++codes_vectors == CodeSums::kFlushAfter) flush();
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
+  }
+
+  void run(const char* from, DType dtype, int64_t count, uint8_t* q) {
+    int64_t i = 0;
+    for (; i + kVector <= count; i += kVector, from += kVector * element_bytes(dtype)) _mm512_storeu_si512(q + i, codes64(from, dtype));
+    for (; i < count; i += kLanes, from += kLanes * element_bytes(dtype)) {
+      const __mmask16 mask = first_lanes16(count - i);
+      _mm512_mask_cvtepi32_storeu_epi8(q + i, mask, codes(load_floats(from, dtype, mask), mask));
+    }
+  }
 
   __m512i codes(__m512 x, __mmask16 mask) {
     const __m512 t = _mm512_mul_ps(x, inverse_scale);
@@ -82,16 +113,52 @@ struct Quantizer {
     sum += wide(sums);
     squares += wide(products);
     sums = products = _mm512_setzero_si512();
-    vectors = 0;
+    codes_sums.flush(sum, squares);
+    clipped += clips.flush();
+    vectors = codes_vectors = 0;
   }
 };
 
-/// 16 pixels of planes to interleaved channels, four channels of a pixel per dword.
+/// 64 pixels of three planes, interleaved.
+struct ThreePlanes {
+  __m512i from[3][3];  ///< [16 bytes of 48][plane]: of which pixel, in each 128 bits
+
+  ThreePlanes() {
+    for (int part = 0; part < 3; ++part)
+      for (int plane = 0; plane < 3; ++plane) {
+        alignas(16) int8_t at[16];
+        for (int i = 0; i < 16; ++i) at[i] = static_cast<int8_t>((16 * part + i) % 3 == plane ? (16 * part + i) / 3 : -1);
+        from[part][plane] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+      }
+  }
+  void store(const __m512i (&planes)[3], uint8_t* to) const {
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; ++part, to += 16) {
+      const auto bytes = [&](int plane) { return _mm512_shuffle_epi8(planes[plane], from[part][plane]); };
+      const __m512i v = _mm512_or_si512(_mm512_or_si512(bytes(0), bytes(1)), bytes(2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(v));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 48), _mm512_extracti32x4_epi32(v, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 96), _mm512_extracti32x4_epi32(v, 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 144), _mm512_extracti32x4_epi32(v, 3));
+    }
+  }
+};
+
+/// Pixels of planes to interleaved channels: 64 of three planes, 16 of any others with four channels of a pixel per dword.
 void quantize_planes(const QuantizeProblem& p, int64_t begin, int64_t end, Quantizer& quantizer, uint8_t* q) {
   const int64_t columns = p.size[1], channels = p.size[2], bytes = element_bytes(p.dtype);
   const __m512i three_of_four = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes) {
+  const ThreePlanes three_planes;
+  for (int64_t i = begin; i < end; ++i) {
+    int64_t j = 0;
+    for (; channels == 3 && j + kVector <= columns; j += kVector) {
+      const char* from = static_cast<const char*>(p.x) + (i * p.stride[0] + j) * bytes;
+      __m512i planes[3];
+#pragma GCC unroll 3
+      for (int c = 0; c < 3; ++c) planes[c] = quantizer.codes64(from + c * p.stride[2] * bytes, p.dtype);
+      three_planes.store(planes, q + (i * columns + j) * 3);
+    }
+    for (; j < columns; j += kLanes) {
       const int64_t pixels = columns - j < kLanes ? columns - j : kLanes;
       const __mmask16 mask = first_lanes16(pixels);
       const char* from = static_cast<const char*>(p.x) + (i * p.stride[0] + j) * bytes;
@@ -118,6 +185,7 @@ void quantize_planes(const QuantizeProblem& p, int64_t begin, int64_t end, Quant
         for (int64_t n = 0; n < pixels; ++n) __builtin_memcpy(to + n * channels + c, &pixel[n], static_cast<size_t>(present));
       }
     }
+  }
 }
 
 void quantize(const QuantizeProblem& p, int64_t begin, int64_t end, float inverse_scale, int32_t zero_point, uint8_t* q, int64_t* stats,
@@ -128,13 +196,7 @@ void quantize(const QuantizeProblem& p, int64_t begin, int64_t end, float invers
   if (unit == 1) {
     quantize_planes(p, begin, end, quantizer, q);
   } else {
-    for_each_run(p, unit, begin, end, [&](const char* from, int64_t count, int64_t at) {
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const __mmask16 mask = first_lanes16(count - i);
-        const __m512i codes = quantizer.codes(load_floats(from + i * element_bytes(p.dtype), p.dtype, mask), mask);
-        _mm512_mask_cvtepi32_storeu_epi8(q + at + i, mask, codes);
-      }
-    });
+    for_each_run(p, unit, begin, end, [&](const char* from, int64_t count, int64_t at) { quantizer.run(from, p.dtype, count, q + at); });
   }
   quantizer.flush();
   add_to(stats + kStatsSum, quantizer.sum);
