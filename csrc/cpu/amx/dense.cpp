@@ -5,13 +5,14 @@
 // many clocks as a part has rows, on 4 loads, which take 8 clocks each: 64 clocks on 32, so that 2 KB of weights may come from L2.
 // All rows of a call fit the same configuration: a part has as many rows as the longest in the range, those beyond its own being ignored.
 // x is loaded from where it lies when the rows of a part are equally far apart; other rows (ends of short lines, segments that are not a
-// multiple of a tile's bytes, 3-channel inputs) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. A layer with
+// multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. So are 3-channel inputs, unless
+// their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
 // padding works on copies of its input that have it, kPaddedBytes at a time, which costs less than to gather its borders' rows.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
 // A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and
-// the vector units finish them among the next tile's products, 4 rows at a time (see AmxKernel::steps). While TDPBUSD runs, 512-bit
+// the vector units finish them among the next tile's products, 4 rows at a time (see AmxKernel::steps), curved activations included. While TDPBUSD runs, 512-bit
 // multiplications, conversions and minima start once per clock instead of twice; float additions, integer ones and logic still twice.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
@@ -29,6 +30,7 @@ constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
+constexpr int64_t kSegmentsApart = 3;  ///< kernel rows of a few bytes that are tiles of their own
 
 /// Codes of rows from their sums in memory, a few rows at a time.
 template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
@@ -65,9 +67,9 @@ using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
 template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
-/// Which epilogue the products of the next tile take along: those of two blocks and one sample.
-enum class Along { none, open, relu, any, residual, residual_relu, extremes };
-constexpr int kAlongKinds = 7;
+/// Which epilogue the products of the next tile take along: those of two blocks, of one sample but for `samples` and `curved`.
+enum class Along { none, open, relu, any, residual, residual_relu, samples, curved, extremes };
+constexpr int kAlongKinds = 9;
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
@@ -106,13 +108,17 @@ class PendingRows {
     pending_.left = left_;
     pending_.sums += done * kTileBlocks * kBlockChannels;
     pending_.out.row += done;
+    if (kOneSample) return;
+    pending_.out.samples += done;
+    pending_.out.counters += done;
   }
 
  private:
-  static constexpr bool kResidual = kAlong == Along::residual || kAlong == Along::residual_relu;
+  static constexpr bool kOneSample = kAlong != Along::samples;
+  static constexpr bool kResidual = kAlong == Along::residual || kAlong == Along::residual_relu || kAlong == Along::samples;
   static constexpr Clamp kClamp = kAlong == Along::open ? Clamp::open : kAlong == Along::relu || kAlong == Along::residual_relu ? Clamp::relu : Clamp::any;
   Pending& pending_;
-  RowsFromMemory<true, kResidual, kClamp, kTileBlocks> from_;
+  RowsFromMemory<kOneSample, kResidual, kClamp, kTileBlocks> from_;
   int left_;
 };
 template <>
@@ -142,6 +148,24 @@ class PendingRows<Along::extremes> {
   const int32_t* sums_;
   int left_;
   __m512i lo_[kTileBlocks], hi_[kTileBlocks];
+};
+template <>
+class PendingRows<Along::curved> {
+ public:
+  explicit PendingRows(Pending& pending) : pending_(pending) {}
+  void four() {
+    if (pending_.left < 4) return;
+    pending_.epilogue(pending_.out, pending_.block_bytes, pending_.sums, 4);
+    pending_.left -= 4;
+    pending_.sums += 4 * kRowSums;
+    pending_.out.row += 4;
+    pending_.out.samples += 4;
+    pending_.out.counters += 4;
+  }
+  void stop() {}
+
+ private:
+  Pending& pending_;
 };
 template <>
 class PendingRows<Along::none> {
@@ -196,9 +220,10 @@ class AmxKernel : public DenseEpilogue {
         held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
-        tile_steps(steps_of_tile(owner.p.layout.segment_taps > 1 ? owner.p.layout.steps : owner.p.layout.segment_steps)),
+        joined(owner.p.layout.segment_taps > 1 && owner.p.layout.segments > kSegmentsApart),
+        tile_steps(steps_of_tile(joined ? owner.p.layout.steps : owner.p.layout.segment_steps)),
         gathered_steps(kGatheredBytes / 4 / tile_steps * tile_steps),
-        joined(owner.p.layout.segment_taps > 1) {
+        tile_per_segment(owner.p.layout.segment_taps > 1 && tile_steps == owner.p.layout.segment_steps) {
     TileConfiguration tiles;
     for (int tile = 0; tile < 4; ++tile) tiles.set(tile, part_rows, kTileBytes);
     for (int tile = 4; tile < 6; ++tile) tiles.set(tile, part_rows, 4 * tile_steps);
@@ -218,7 +243,7 @@ class AmxKernel : public DenseEpilogue {
   }
 
   void start_tile(const Tile& tile) {
-    if (!tile.one_sample || tile.sample[0] != current_sample || current.values >= kFlushAfter) finish_pending();
+    if (tile.one_sample ? tile.sample[0] != current_sample || current.values >= kFlushAfter : output == Output::range) finish_pending();
     DenseEpilogue::start_tile(tile);
     rows_of = 1 - rows_of;
     __builtin_memcpy(pending.row[rows_of], tile.row, sizeof pending.row[0]);
@@ -230,7 +255,7 @@ class AmxKernel : public DenseEpilogue {
     parts = tile.rows > tile.part ? 2 : 1;
     second_row = parts > 1 ? tile.part : 0;
     blocks = panel.blocks;
-    const BlockConstants* const constants = (at_once || output == Output::range) && tile.one_sample ? panel_constants(panel) : nullptr;
+    const BlockConstants* const constants = (at_once || curved || output == Output::range) && tile.one_sample ? panel_constants(panel) : nullptr;
     int32_t* const sums = held ? held : segments.partial;
     if (!held || output != Output::codes) {
       segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
@@ -244,7 +269,7 @@ class AmxKernel : public DenseEpilogue {
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
     if (output == Output::range) return start_range(tile, panel, sums);
     const bool writes_codes = output == Output::codes;
-    if (at_once) {
+    if (at_once || curved) {
       start_pending(tile, panel, sums);
       if (!p.channel_stats && !held) return;
       finish_pending();
@@ -329,10 +354,16 @@ class AmxKernel : public DenseEpilogue {
 
   void multiply(const TileInput& in, const Tile& tile) {
     if (kept > 0) {  // the rows that the panel before met
-      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, kept);
+      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, 4 * tile_steps, in.weights + gathered_offset, in.block_bytes, kept);
       return;
     }
     const bool direct = strided && in.row_step == 0 && !joined;
+    if (direct && tile_per_segment) {  // equally far apart in x and in the weights, as all of a kernel's rows are
+      const int64_t apart = in.segment_count > 1 ? in.segments[1].x_offset - in.segments[0].x_offset : 0;
+      const int64_t first = in.segments[0].x_offset;
+      return multiply_steps(in.rows[0] + first, in.rows[second_row] + first, stride[0], stride[1], apart, in.weights + in.segments[0].weight_offset, in.block_bytes,
+                            in.segment_count);
+    }
     bool all_gathered = true;
     for (int i = 0; i < in.segment_count; ++i) {
       const Segment& segment = in.segments[i];
@@ -340,7 +371,7 @@ class AmxKernel : public DenseEpilogue {
       const int64_t whole = direct ? segment.steps / tile_steps : 0, done = whole * tile_steps;
       if (whole > 0) {
         multiply_gathered(in, tile);
-        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset,
+        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], 4 * tile_steps, in.weights + segment.weight_offset,
                        in.block_bytes, whole);
         all_gathered = false;
       }
@@ -379,24 +410,25 @@ class AmxKernel : public DenseEpilogue {
     for (int64_t i = 0; i < vectors; ++i) kCopies[vector_pieces[i]](pieces[i], tile.rows, gathered_rows[0] + 64 * i);
     if (64 * vectors < 4 * tiles * tile_steps)
       for (int i = 0; i < tile.rows; ++i) _mm512_store_si512(gathered_rows[i] + 64 * vectors, _mm512_setzero_si512());
-    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, tiles);
+    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, 4 * tile_steps, in.weights + gathered_offset, in.block_bytes, tiles);
     gathered = 0;
     return tiles;
   }
 
-  void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes,
-                      int64_t tiles) {
+  /// `x_step`: from a tile of x to the next one.
+  void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, int64_t x_step, const uint8_t* weights,
+                      int64_t block_bytes, int64_t tiles) {
     const Along along = pending.left < 4 ? Along::none : pending.along;
     if (along == Along::none) finish_pending();
-    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles);
+    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(x, x_second, x_stride, x_second_stride, x_step, weights, weights + block_bytes, tiles);
   }
 
   /// Every product of a tile takes 16 clocks; the processor sees 512 instructions ahead, and the epilogue of 32 rows has more: so some of it
   /// stands behind each product.
   template <int kParts, int kBlocks, Along kAlong>
-  __attribute__((noinline)) void steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights,
-                                       const uint8_t* weights_second, int64_t tiles) {
-    const int64_t x_step = 4 * tile_steps, weights_step = tile_steps * kStreamBytes;
+  __attribute__((noinline)) void steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, int64_t x_step,
+                                       const uint8_t* weights, const uint8_t* weights_second, int64_t tiles) {
+    const int64_t weights_step = tile_steps * kStreamBytes;
     PendingRows<kAlong> rows(pending);
     const int later = tiles == 1 ? 4 : tiles < 4 ? 2 : 1, early = tiles < 8 ? later : 0;
     const auto some_rows = [&](int fours) __attribute__((always_inline)) {
@@ -423,11 +455,11 @@ class AmxKernel : public DenseEpilogue {
     rows.stop();
   }
 
-  using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
+  using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
 #define PROBQUANT_STEPS(parts, blocks) \
   {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
    &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::residual_relu>, \
-   &AmxKernel::steps<parts, blocks, Along::extremes>}
+   &AmxKernel::steps<parts, blocks, Along::samples>, &AmxKernel::steps<parts, blocks, Along::curved>, &AmxKernel::steps<parts, blocks, Along::extremes>}
   static constexpr Steps kSteps[2][kTileBlocks][kAlongKinds] = {{PROBQUANT_STEPS(1, 1), PROBQUANT_STEPS(1, 2)}, {PROBQUANT_STEPS(2, 1), PROBQUANT_STEPS(2, 2)}};
 #undef PROBQUANT_STEPS
 
@@ -437,20 +469,22 @@ class AmxKernel : public DenseEpilogue {
     pending.sums = sums;
     const SampleConstants& first = *samples[0];
     const Along kind = p.residual ? first.relu ? Along::residual_relu : Along::residual : first.relu ? Along::relu : first.open ? Along::open : Along::any;
-    pending.along = tile.one_sample && panel.blocks == kTileBlocks ? kind : Along::none;
-    pending.epilogue = (!tile.one_sample                ? kRowsEpilogues<false, true, Clamp::any>
+    const bool own_samples = !tile.one_sample || curved;
+    pending.along = panel.blocks < kTileBlocks ? Along::none : curved ? Along::curved : tile.one_sample ? kind : Along::samples;
+    pending.epilogue = (curved                         ? kCurvedEpilogues
+                        : !tile.one_sample             ? kRowsEpilogues<false, true, Clamp::any>
                         : kind == Along::residual      ? kRowsEpilogues<true, true, Clamp::any>
                         : kind == Along::residual_relu ? kRowsEpilogues<true, true, Clamp::relu>
                         : kind == Along::relu          ? kRowsEpilogues<true, false, Clamp::relu>
                         : kind == Along::open          ? kRowsEpilogues<true, false, Clamp::open>
                                                        : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];
-    if (!tile.one_sample) {
+    if (own_samples) {
       __builtin_memcpy(pending.samples, samples, sizeof samples[0] * static_cast<size_t>(tile.rows));
       __builtin_memcpy(pending.counters, row_counters, sizeof row_counters[0] * static_cast<size_t>(tile.rows));
     }
     pending.samples[0] = samples[0];
     pending.out = {panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, pending.row[rows_of], channels, p.y + panel.channel, p.residual ? p.residual + panel.channel : nullptr,
-                   pending.samples, &current, tile.one_sample ? nullptr : pending.counters};
+                   pending.samples, &current, own_samples ? pending.counters : nullptr, p.activation, held != nullptr};
   }
 
   /// Whose ranges are pending. Sums of a channel are compared along the products of the next tile, everything else behind them.
@@ -486,8 +520,10 @@ class AmxKernel : public DenseEpilogue {
 
   int32_t* const held_end;
   const DenseDriver& driver;
-  const int64_t part_rows, tile_steps, gathered_steps;
-  const bool joined;  ///< segments are a few bytes, and several of them fill a tile
+  const int64_t part_rows;
+  const bool joined;  ///< segments are a few bytes, and several of them are gathered into a tile
+  const int64_t tile_steps, gathered_steps;
+  const bool tile_per_segment;  ///< of a few bytes
   bool strided = false;
   int64_t stride[2];
   int parts = 1, blocks = 1, second_row = 0;

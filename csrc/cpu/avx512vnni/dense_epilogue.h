@@ -17,13 +17,15 @@ enum class Output { codes, floats, range };
 
 /// Constants of a sample's epilogue.
 struct SampleConstants {
-  bool plain;  ///< valid, with an activation that the tile's own epilogue knows and values that fit the conversion to integers
+  bool fits;   ///< valid, and values fit the conversion to integers
+  bool plain;  ///< that, with an activation that the tile's own epilogue knows
   bool relu;   ///< zero point 0, and the activation lets nothing below 0 through
   bool open;   ///< no activation
-  float multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi;
+  float x_scale, multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi;
   int32_t x_zero_point, residual_zero_point, zero_point;
 
   void set(const SampleEpilogue& e, const LayerProblem& p, const PackedTrailer& weight) {
+    x_scale = e.x_scale;
     multiplier = e.multiplier;
     inverse_scale = e.inverse_scale;
     residual_multiplier = e.residual_multiplier;
@@ -34,7 +36,13 @@ struct SampleConstants {
     zero_point = e.y_zero_point;
     const float accumulator = static_cast<float>(p.layout.taps * p.layout.inputs) * (255.0f * 127.0f);
     const float reach = multiplier * weight.largest_scale * accumulator + inverse_scale * weight.largest_bias + residual_multiplier * 255.0f;
-    plain = e.valid && p.activation == Activation::clamp && reach < 1e9f;
+    fits = e.valid && reach < 1e9f;
+    plain = fits && p.activation == Activation::clamp;
+    if (p.activation != Activation::clamp) {  // none goes beyond its argument but sigmoid, which ends at 1; the argument must be finite
+      fits = fits && reach < 1e30f * e.inverse_scale * p.profile.least_inverse;
+      if (p.activation == Activation::sigmoid) fits = fits && e.inverse_scale * p.profile.largest_inverse < 1e9f;
+      activation_lo = -__builtin_inff(), activation_hi = __builtin_inff();
+    }
     relu = zero_point == 0 && activation_lo == 0.0f;
     open = activation_lo == -__builtin_inff() && activation_hi == __builtin_inff();
   }
@@ -82,6 +90,8 @@ struct TileOutput {
   const SampleConstants* const* samples;  ///< of each row; of the first, when all rows lie in one sample
   Moments* moments;                       ///< all rows in one sample
   int64_t* const* counters;               ///< of each row, otherwise
+  Activation activation = Activation::clamp;  ///< of curved ones, for which samples and counters are always of each row
+  bool held = false;                          ///< and what comes in are its values instead of sums
 };
 
 /// float(q - zero point), exactly: bits 0x4b000000 + q are the float 2^23 + q. A conversion would compete with the products of tiles.
@@ -95,8 +105,8 @@ alignas(64) constexpr int32_t kRowPairOrder[16] = {0, 4, 8, 12, 16, 20, 24, 28, 
 alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
 /// Requantizes rows of a tile four at a time. The codes of four rows and 16 channels are packed into one vector: each
-/// 128 bits hold 4 channels of row 0, of row 1, and so on.
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
+/// 128 bits hold 4 channels of row 0, of row 1, and so on. kReady: what comes in are floats over the output's scale.
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks, bool kReady = false>
 struct Requantizer {
   static_assert(kOneSample || kClamp == Clamp::any, "rows of several samples have bounds of their own");
   TileOutput out;
@@ -196,6 +206,7 @@ struct Requantizer {
 
   /// The values of a row and block, over the output's scale.
   __attribute__((always_inline)) __m512 value(__m512i acc, int row, int j) const {
+    if (kReady) return _mm512_castsi512_ps(acc);
     const SampleConstants& c = kOneSample ? one : *out.samples[row];
     __m512 t = _mm512_cvtepi32_ps(acc);
     if (kOneSample) {
@@ -285,19 +296,19 @@ inline __m512 layer_values(__m512i acc, const BlockHeader& header, const SampleE
 }
 
 /// What a curved activation makes of 16 channels, and that in units of the output.
-inline __m512 curved_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p) {
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.x_scale), _mm512_loadu_ps(header.scale));
+inline __m512 curved_values(__m512i acc, const BlockHeader& header, float x_scale, Activation activation) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scale), _mm512_loadu_ps(header.scale));
   const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, _mm512_loadu_ps(header.bias));
-  return activate_ps(p.activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile)));
+  return activate_ps(activation, _mm512_mul_ps(y, _mm512_loadu_ps(header.profile)));
 }
-inline __m512 curved_outputs(__m512 values, const BlockHeader& header, const SampleEpilogue& e) {
-  return _mm512_mul_ps(values, _mm512_mul_ps(_mm512_set1_ps(e.inverse_scale), _mm512_loadu_ps(header.inverse_profile)));
+inline __m512 curved_outputs(__m512 values, const BlockHeader& header, float inverse_scale) {
+  return _mm512_mul_ps(values, _mm512_mul_ps(_mm512_set1_ps(inverse_scale), _mm512_loadu_ps(header.inverse_profile)));
 }
 
 /// output_value() of 16 channels.
 inline __m512 output_values(__m512i acc, const BlockHeader& header, const SampleEpilogue& e, const LayerProblem& p, const uint8_t* residual,
                             __mmask16 lanes) {
-  if (p.activation != Activation::clamp) return curved_outputs(curved_values(acc, header, e, p), header, e);
+  if (p.activation != Activation::clamp) return curved_outputs(curved_values(acc, header, e.x_scale, p.activation), header, e.inverse_scale);
   const __m512 value = _mm512_cvtepi32_ps(acc), scale = _mm512_loadu_ps(header.scale), bias = _mm512_loadu_ps(header.bias);
   const __m512 inverse_scale = _mm512_set1_ps(e.inverse_scale), inverse_profile = _mm512_loadu_ps(header.inverse_profile);
   __m512 t = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_set1_ps(e.multiplier), scale), _mm512_mul_ps(inverse_scale, bias));
@@ -330,6 +341,43 @@ struct RangeLanes {
     hi = _mm512_max_ps(hi, other.hi);
   }
 };
+
+/// Codes of up to 4 rows, of samples of their own, from floats over the output's scale, [blocks * 16] each.
+template <int kBlocks, int kRows>
+__attribute__((noinline)) void requantize_ready(const TileOutput& out, int64_t block_bytes, const float* values) {
+  __m512i v[kRows][kBlocks];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlocks; ++j) v[i][j] = _mm512_castps_si512(_mm512_load_ps(values + (i * kBlocks + j) * kBlockChannels));
+  Requantizer<false, false, Clamp::any, kBlocks, true>(out, block_bytes).template rows<0>(v);
+}
+/// Codes of rows with a curved activation: its values first, then these as any others. Sums are [blocks * 16] per row.
+template <int kBlocks>
+__attribute__((noinline)) void curve_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
+  alignas(64) float values[4 * kBlocks * kBlockChannels];
+  TileOutput four = out;
+  for (int left = rows; left > 0; left -= 4, four.row += 4, four.samples += 4, four.counters += 4) {
+    const int count = left < 4 ? left : 4;
+    float* to = values;
+    for (int i = 0; i < count; ++i) {
+      const SampleConstants& c = *four.samples[i];
+      const uint8_t* block = out.block;
+      for (int j = 0; j < kBlocks; ++j, sums += kBlockChannels, to += kBlockChannels, block += block_bytes) {
+        const auto& header = *reinterpret_cast<const BlockHeader*>(block);
+        const __m512i sum = _mm512_loadu_si512(sums);
+        const __m512 value = out.held ? _mm512_castsi512_ps(sum) : curved_values(sum, header, c.x_scale, out.activation);
+        _mm512_store_ps(to, curved_outputs(value, header, c.inverse_scale));
+      }
+    }
+    if (count == 4) requantize_ready<kBlocks, 4>(four, block_bytes, values);
+    else if (count == 3) requantize_ready<kBlocks, 3>(four, block_bytes, values);
+    else if (count == 2) requantize_ready<kBlocks, 2>(four, block_bytes, values);
+    else requantize_ready<kBlocks, 1>(four, block_bytes, values);
+  }
+}
+/// [blocks - 1]
+constexpr void (*kCurvedEpilogues[kPanelBlocks])(const TileOutput&, int64_t, const int32_t*, int) = {curve_rows<1>, curve_rows<2>, curve_rows<3>, curve_rows<4>};
 
 /// Finishes what the register tiles leave, and gathers statistics.
 class DenseEpilogue {
@@ -365,6 +413,13 @@ class DenseEpilogue {
       row_counters[i] = counters[at];
       at_once = samples[i]->plain && (tile.one_sample || !p.profiled_bounds());
     }
+    curved = output == Output::codes && p.activation != Activation::clamp;
+    for (int i = 0; curved && i < tile.rows; ++i) {
+      const int64_t at = tile.sample[i] - chunk_sample;
+      samples[i] = &constants[at];
+      row_counters[i] = counters[at];
+      curved = samples[i]->fits;
+    }
     if (output != Output::floats && tile.one_sample && (tile.sample[0] != current_sample || current.values >= kFlushAfter)) start_sample(tile.sample[0]);
   }
 
@@ -379,6 +434,10 @@ class DenseEpilogue {
 
   /// Finishes rows from accumulators in memory, [row_step] per row.
   void finish(const int64_t* row, const int64_t* sample, int rows, const int32_t* acc, int64_t row_step, const Panel& panel) {
+    if (curved) {
+      const TileOutput out{panel.block, nullptr, panel.channels, row, channels, p.y + panel.channel, nullptr, samples, nullptr, row_counters, p.activation, held != nullptr};
+      return kCurvedEpilogues[panel.blocks - 1](out, p.layout.block_bytes, acc, rows);
+    }
     for (int i = 0; i < rows; ++i) {
       const SampleEpilogue& e = p.samples[sample[i]];
       if (output == Output::codes && (sample[i] != current_sample || current.values >= kFlushAfter)) start_sample(sample[i]);
@@ -445,7 +504,7 @@ class DenseEpilogue {
       return;
     }
     const bool curved_already = held && p.activation != Activation::clamp;
-    const __m512 t = curved_already ? curved_outputs(_mm512_castsi512_ps(acc), header, e) : output_values(acc, header, e, p, residual, lanes);
+    const __m512 t = curved_already ? curved_outputs(_mm512_castsi512_ps(acc), header, e.inverse_scale) : output_values(acc, header, e, p, residual, lanes);
     const __m128i q = _mm_maskz_mov_epi8(lanes, _mm512_cvtepi32_epi8(rounding.codes(t)));
     _mm_mask_storeu_epi8(p.y + at, lanes, q);
     current.sums.add(_mm512_zextsi128_si512(q));
@@ -580,9 +639,9 @@ class DenseEpilogue {
         const __m512i acc = _mm512_loadu_si512(sums);
         const uint8_t* residual = p.residual ? p.residual + rows.row[i] * channels + panel.channel + j * kBlockChannels : nullptr;
         if (curved) {
-          const __m512 values = curved_values(acc, header, e, p);
+          const __m512 values = curved_values(acc, header, e.x_scale, p.activation);
           if (held) _mm512_storeu_ps(sums, values);
-          range.widen(curved_outputs(values, header, e), lanes);
+          range.widen(curved_outputs(values, header, e.inverse_scale), lanes);
         } else {
           range.widen(output_values(acc, header, e, p, residual, lanes), lanes);
         }
@@ -604,6 +663,7 @@ class DenseEpilogue {
   int64_t current_sample = -1;  ///< whose moments are in `current`
   Moments current;
   bool at_once = false;                       ///< the tile's own epilogue serves
+  bool curved = false;                        ///< curve_rows() does
   const SampleConstants* samples[kTileRows];  ///< of the tile's rows
   int64_t* row_counters[kTileRows];
 

@@ -28,9 +28,11 @@ inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
 inline __m512 clamp_ps(__m512 t, __m512 lo, __m512 hi) { return _mm512_min_ps(_mm512_max_ps(t, lo), hi); }
 inline __m512 negate_ps(__m512 x) { return _mm512_xor_ps(x, _mm512_set1_ps(-0.0f)); }
 
+/// rint: behind 2^23 floats are integers, and float additions do not compete with the products of tiles. |x| < 2^22.
 inline __m512 exp_ps(__m512 x) {
   x = clamp_ps(x, _mm512_set1_ps(-87.0f), _mm512_set1_ps(87.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 shift = _mm512_set1_ps(12582912.0f), shifted = _mm512_add_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), shift);
+  const __m512 n = _mm512_sub_ps(shifted, shift);
   __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
   __m512 p = _mm512_set1_ps(1.9875691500e-4f);
@@ -40,8 +42,7 @@ inline __m512 exp_ps(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-  return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));  // times 2^n, normal
 }
 
 inline __m512 erf_ps(__m512 x) {
@@ -52,8 +53,8 @@ inline __m512 erf_ps(__m512 x) {
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 y = _mm512_fmadd_ps(negate_ps(_mm512_mul_ps(p, t)), exp_ps(negate_ps(_mm512_mul_ps(a, a))), one);
-  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), y, negate_ps(y));
+  const __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), exp_ps(_mm512_fnmsub_ps(a, a, _mm512_setzero_ps())), one);
+  return _mm512_mask_xor_ps(y, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), y, _mm512_set1_ps(-0.0f));
 }
 
 inline __m512 sigmoid_ps(__m512 x) {
