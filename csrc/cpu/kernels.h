@@ -79,7 +79,8 @@ struct PairLayout {
 };
 
 /// An attention, ready to run on images [image_begin, ...) whose keys and values are packed: centred on their zero points, per
-/// image and head first the keys (inner: head_dim, columns: keys), then the values (inner: keys, columns: head_dim).
+/// image and head first the keys (inner: head_dim, columns: keys), then the values (inner: keys, columns: head_dim). AMX keeps bytes of its
+/// own order in the same room.
 struct AttentionProblem {
   AttentionShape shape;
   QuantizedInput query, key, value;

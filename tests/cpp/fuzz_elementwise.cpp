@@ -521,7 +521,7 @@ void fuzz_layer_norm(Random& random, const Kernels& table, Case& c) {
 }
 
 void fuzz_attention(Random& random, const Kernels& table, Case& c) {
-  const int64_t head_dim = random.chance(2) ? some_channels(random) : random.chance(20) ? random.range(250, 600) : random.range(1, 40);
+  const int64_t head_dim = random.chance(4) ? 64 * random.range(1, 2) : random.chance(2) ? some_channels(random) : random.chance(20) ? random.range(250, 600) : random.range(1, 40);
   const AttentionShape shape{random.range(1, 2), random.range(1, 40), random.chance(2) ? some_channels(random) : random.range(1, 40), random.range(1, 3), head_dim};
   const int64_t image = random.range(0, shape.batch - 1), begin = random.range(0, shape.queries - 1);
   const int64_t end = random.range(begin + 1, std::min(shape.queries, begin + kAttentionQueries));
@@ -555,7 +555,7 @@ void fuzz_attention(Random& random, const Kernels& table, Case& c) {
   };
   run(kReferenceKernels, packed_expected, scratch_expected, y_expected);
   run(table, packed, scratch, y);
-  c.compare("packed", packed_expected, packed);
+  if (std::strncmp(table.name, "amx", 3) != 0) c.compare("packed", packed_expected, packed);  // AMX packs tiles of its own
   c.compare("y", y_expected, y);
 }
 

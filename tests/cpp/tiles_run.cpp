@@ -16,7 +16,7 @@ void PROBQUANT_RUN_TILES(const TileProduct& p) {
   load_tile<5>(p.x, p.x_stride);
   load_tile<7>(p.weights, p.weights_stride);
   multiply_tiles<3, 5, 7>();
-  multiply_tiles<3, 5, 7>();
+  multiply_unsigned_tiles<3, 5, 7>();
   store_tile<3>(p.sums, p.sums_stride);
   store_tile<0>(p.zeros, p.sums_stride);
   release_tiles();

@@ -1,7 +1,7 @@
 #pragma once
 #include <cstdint>
 
-/// sums += 2 x weights. Distances between rows in bytes.
+/// sums += x weights, of signed weights and then of unsigned ones. Distances between rows in bytes.
 struct TileProduct {
   int64_t rows, columns, steps;  ///< steps: of 4 inputs
   const uint8_t* x;

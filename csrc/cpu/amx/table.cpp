@@ -3,10 +3,12 @@
 
 namespace probquant {
 
+void install_attention_amx(Kernels& table);
 void install_dense_amx(Kernels& table);
 
 void install_amx(Kernels& table) {
   table.name = "amx";
+  install_attention_amx(table);
   install_dense_amx(table);
 }
 

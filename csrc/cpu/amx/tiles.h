@@ -49,6 +49,11 @@ template <int sum, int x, int weights>
 inline void multiply_tiles() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(weights));
 }
+/// The same of two unsigned factors.
+template <int sum, int x, int weights>
+inline void multiply_unsigned_tiles() {
+  asm volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(weights));
+}
 
 }  // namespace
 }  // namespace probquant

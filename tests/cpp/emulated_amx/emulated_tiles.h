@@ -58,8 +58,9 @@ inline void store_tile(void* memory, int64_t stride) {
     std::memcpy(static_cast<uint8_t*>(memory) + row * stride, t.data[tile][row], t.shape.row_bytes[tile]);
 }
 
-template <int sum, int x, int weights>
-inline void multiply_tiles() {
+/// Weights are of type Factor.
+template <class Factor, int sum, int x, int weights>
+inline void multiply_factors() {
   EmulatedTiles& t = emulated_tiles();
   const TileConfiguration& shape = t.shape;
   require_tiles(t.configured && shape.rows[sum] > 0 && sum != x && sum != weights && x != weights, "three configured tiles");
@@ -71,12 +72,20 @@ inline void multiply_tiles() {
       uint32_t total;
       std::memcpy(&total, t.data[sum][i] + 4 * j, 4);
       for (int k = 0; k < shape.row_bytes[x]; ++k) {
-        const int product = t.data[x][i][k] * static_cast<int8_t>(t.data[weights][k / 4][4 * j + k % 4]);
+        const int product = t.data[x][i][k] * static_cast<Factor>(t.data[weights][k / 4][4 * j + k % 4]);
         total += static_cast<uint32_t>(product);
       }
       std::memcpy(t.data[sum][i] + 4 * j, &total, 4);
     }
   std::memset(t.data[sum] + shape.rows[sum], 0, static_cast<size_t>(16 - shape.rows[sum]) * kTileBytes);
+}
+template <int sum, int x, int weights>
+inline void multiply_tiles() {
+  multiply_factors<int8_t, sum, x, weights>();
+}
+template <int sum, int x, int weights>
+inline void multiply_unsigned_tiles() {
+  multiply_factors<uint8_t, sum, x, weights>();
 }
 
 }  // namespace
