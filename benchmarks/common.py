@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 BUSY_LOAD = 0.5
@@ -85,11 +85,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command_line(arguments: Iterable[str]) -> str:
+    """As a shell takes it, behind the variables that say how much of the instruction set a contestant may use."""
+    names = ("PROBQUANT_ISA", "ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS")
+    return " ".join([*(f"{name}={os.environ[name]}" for name in names if name in os.environ), shlex.join(arguments)])
+
+
 def describe_run() -> dict:
     """The circumstances of a run: machine, versions, date, load. Taken at its start; goes into the context file."""
     facts, caches = cpu_facts(), cache_bytes()
     run = {
-        "command": shlex.join(Path(argument).name if os.sep in argument else argument for argument in sys.argv),  # folders are nobody's business
+        "command": command_line(Path(argument).name if os.sep in argument else argument for argument in sys.argv),  # folders are nobody's business
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": facts.get("model name", platform.processor()),
         "cpu_family_model": f"{facts.get('cpu family', '?')}/{facts.get('model', '?')}",
@@ -281,7 +287,7 @@ def run_per_thread_count(script: str, argv: Sequence[str], threads: Sequence[int
             rows += json.loads(part.read_text())
             run = json.loads(context_path(part).read_text())
             context = {**context, **run, key: context.get(key, []) + run[key]} if context else run
-            context["command"] = shlex.join([Path(script).name, *rest, "--threads", *map(str, threads)])
+            context["command"] = command_line([Path(script).name, *rest, "--threads", *map(str, threads)])
             write_results(out, rows, context)
 
 
