@@ -35,10 +35,12 @@ def known_architectures(nvcc):
 
 @dataclass
 class Code:
-    """Opcodes without their modifiers, in order; `jumps` are (from, to) positions of the branches backwards."""
+    """Opcodes without their modifiers, in order; `jumps` are (from, to) positions of the branches backwards, `fences` those of sequential
+    consistency over the device."""
 
     opcodes: list[str]
     jumps: list[tuple[int, int]]
+    fences: int = 0
 
     def main_loop(self, opcode):
         """Counts of the opcodes in the smallest loop that has the most of `opcode`; None without such a loop."""
@@ -46,14 +48,15 @@ class Code:
         return min((loop for loop in loops if loop[opcode]), key=lambda loop: (-loop[opcode], loop.total()), default=None)
 
     def gathering(self):
-        """Counts of the loop without mma that has most global loads outside of the loops within it, and of nothing that these hold: of a
-        dense layer that gathers its input, what a thread runs through in front of its products where the image has no border."""
+        """Counts of the loop without mma, within one that has them, that has most global loads outside of the loops within it, and of nothing
+        that these hold: of a dense layer that gathers its input, what a thread runs through in front of its products where the image has no border."""
 
         def own(at, to):
             inside = {i for other, other_to in self.jumps if (other, other_to) != (at, to) and to <= other_to and other <= at for i in range(other_to, other + 1)}
             return Counter(self.opcodes[i] for i in range(to, at + 1) if i not in inside)
 
-        loops = [own(at, to) for at, to in self.jumps if "IMMA" not in self.opcodes[to : at + 1]]
+        multiplies = [(at, to) for at, to in self.jumps if "IMMA" in self.opcodes[to : at + 1]]
+        loops = [own(at, to) for at, to in self.jumps if (at, to) not in multiplies and any(begin <= to and at <= end for end, begin in multiplies)]
         return max(loops, key=lambda loop: loop["LDG"], default=None)
 
     def inner_loop(self, opcode):
@@ -161,7 +164,7 @@ def disassemble(cubin, nvdisasm):
     text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     result = {}
     for name, body in re.findall(r"\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=\n\s*\.section|\Z)", text, re.S):
-        opcodes, labels, branches = [], {}, []
+        opcodes, labels, branches, fences = [], {}, [], 0
         for line in body.splitlines():
             if label := re.match(r"\s*(\.L_\w+):", line):
                 labels[label[1]] = len(opcodes)
@@ -169,6 +172,7 @@ def disassemble(cubin, nvdisasm):
                 if instruction[1] == "BRA" and (target := re.search(r"`\((\.L_\w+)\)", instruction[2])):
                     branches.append((len(opcodes), target[1]))
                 opcodes.append(instruction[1])
+                fences += instruction[1] == "MEMBAR" and instruction[2].startswith(".SC.GPU")
         jumps = [(at, labels[target]) for at, target in branches if labels.get(target, at + 1) <= at]
-        result[name] = Code(opcodes, jumps)
+        result[name] = Code(opcodes, jumps, fences)
     return result

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import probquant
 from probquant.model import UnitTensors
@@ -44,7 +46,7 @@ def test_the_error_says_what_is_missing(answers, name):
 
 @pytest.mark.skipif(not CUDA, reason="this probquant was built without CUDA kernels")
 def test_arguments_are_checked_before_the_device_is_asked(answers):
-    assert answers["quantize_workspace_bytes"] == "ok"
+    assert answers["workspace_bytes"] == "ok"
     assert answers["packed_weight_bytes"] == "ok"
     assert answers["a missing predictor"] == "probquant: conv2d: predictor has 1 values, strategy 1 wants 2"
     assert answers["a wrong size"] == "probquant: moments: channels 2 does not divide the sample's 3 values"
@@ -57,32 +59,41 @@ def test_registered_for_cuda_tensors(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"probquant::{op}", "CUDA")
 
 
-def test_fake_cuda_tensors_trace():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+def network(x, packed):
     ops = probquant.ops
+    q = ops.quantize(x, 1, None, None, True)
+    y = ops.conv2d(*q, packed, 8, [3, 3], [1, 1], [1, 1], [1, 1], 1, *[None] * 4, 0, 0.0, None, int(probquant.Strategy.DYNAMIC))
+    z = ops.activation(*ops.add(*y, *y)[:3], int(probquant.Activation.GELU))
+    joined = ops.concat([z[0], y[0]], [z[1], y[1]], [z[2], y[2]])
+    up = ops.upsample_nearest2d(*ops.max_pool2d(*joined[:3], [2], [2], [0], [1])[:3], [2])
+    tokens = ops.dequantize(*up[:3]).flatten(2).transpose(1, 2).contiguous()
+    norm = ops.layer_norm(tokens, None, None, None, None, None)
+    mixed = ops.attention(*norm[:3], *norm[:3], *norm[:3], 4, 0.5)
+    return ops.dequantize(*mixed[:3], torch.bfloat16), ops.moments(q[0], 1, True), q
 
-    def network(x, packed):
-        q = ops.quantize(x, 1, None, None, True)
-        y = ops.conv2d(*q, packed, 8, [3, 3], [1, 1], [1, 1], [1, 1], 1, *[None] * 4, 0, 0.0, None, int(probquant.Strategy.DYNAMIC))
-        z = ops.activation(*ops.add(*y, *y)[:3], int(probquant.Activation.GELU))
-        joined = ops.concat([z[0], y[0]], [z[1], y[1]], [z[2], y[2]])
-        up = ops.upsample_nearest2d(*ops.max_pool2d(*joined[:3], [2], [2], [0], [1])[:3], [2])
-        tokens = ops.dequantize(*up[:3]).flatten(2).transpose(1, 2).contiguous()
-        norm = ops.layer_norm(tokens, None, None, None, None, None)
-        mixed = ops.attention(*norm[:3], *norm[:3], *norm[:3], 4, 0.5)
-        return ops.dequantize(*mixed[:3], torch.bfloat16), ops.moments(q[0], 1, True), q
+
+@pytest.mark.parametrize("tracer", ["make_fx", "torch.compile"])
+def test_fake_cuda_tensors_trace(tracer):
+    """Both of torch's tracers see every op, with tensors on a GPU that is not there: what they call are the ops' fakes."""
+    ops, graphs = probquant.ops, []
+
+    def record(graph, inputs):  # a backend of torch.compile: what Dynamo hands to a compiler
+        assert all(x.device.type == "cuda" for x in inputs)
+        graphs.append(graph)
+        return graph.forward
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 4, 8, 8, device="cuda", dtype=torch.float16)
         weight = torch.empty(8, 3, 3, 4, device="cuda", dtype=torch.int8)
         packed = ops.pack_weight(weight, weight.new_empty(8, dtype=torch.float32)) if CUDA else torch.empty(1, device="cuda", dtype=torch.uint8)
-        graph = make_fx(network)(x, packed)
-        y, again, (q, _, _, stats) = network(x, packed)
-    called = {str(node.target).removesuffix(".default") for node in graph.graph.nodes}
+        if tracer == "make_fx":
+            graphs.append(make_fx(network)(x, packed))
+            assert all(node.meta["val"].device.type == "cuda" for node in graphs[0].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
+    torch.compiler.reset()
+    y, again, (q, _, _, stats) = (network if tracer == "make_fx" else torch.compile(network, backend=record, fullgraph=True))(x, packed)
+    assert len(graphs) == 1
+    called = {str(node.target).removesuffix(".default") for node in graphs[0].graph.nodes}
     assert {f"probquant.{op}" for op in ("conv2d", "add", "activation", "concat", "upsample_nearest2d", "layer_norm", "attention")} <= called
-    assert all(node.meta["val"].device.type == "cuda" for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor))
     assert (y.shape, y.dtype, y.device.type) == ((2, 64, 16), torch.bfloat16, "cuda")
     assert (q.shape, q.dtype, stats.shape) == (x.shape, torch.uint8, again.shape)
 

@@ -124,8 +124,6 @@ __global__ void __launch_bounds__(kThreads)
     const auto warp = static_cast<int32_t>(task / 2 % kWarps), pair = static_cast<int32_t>(task % 2);
     const auto key_of = [&](int32_t row) -> int64_t { return AttentionLayout::key(chunk, warp, 2 * pair + row / 8, row % 8); };
     const auto token = [&](int32_t row) { return key_of(row) < s.keys ? image * s.keys + key_of(row) : -1; };
-    const int64_t of_lane = token(static_cast<int32_t>(threadIdx.x % kRows));
-    if (of_lane >= 0 && !(valid_scale(key.scale[of_lane]) && valid_scale(value.scale[of_lane]))) atomicMax(s.invalid(workspace) + image, 1u);
     return pack_rows(s, key, value.scale, head, token, key_of, o.keys + task * s.steps() * 32, o.key_terms);
   }
   task -= s.key_tiles();
@@ -322,12 +320,17 @@ __global__ void __launch_bounds__(kThreads, 3) attention_kernel(const AttentionL
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
-    attention_rows_kernel(const AttentionLayout s, const float* query_scale, const float* fixed, uint8_t* workspace, const QuantizedOutput y) {
+    attention_rows_kernel(const AttentionLayout s, const float* query_scale, const float* key_scale, const float* value_scale, const float* fixed, uint8_t* workspace,
+                          const QuantizedOutput y) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const auto channels = static_cast<int32_t>(s.channels());
   if (row >= s.batch * s.queries) return;
   const float* values = s.floats(workspace) + row * channels;
-  const bool valid = s.invalid(workspace)[row / s.queries] == 0 && valid_scale(query_scale[row]);
+  // A key or value with an invalid scale makes all queries of the image invalid: looked up by every warp, from L1, so that nobody counts them.
+  bool valid = valid_scale(query_scale[row]);
+  const int64_t first_key = row / s.queries * s.keys;
+  for (int64_t k = first_key + threadIdx.x % 32; k < first_key + s.keys; k += 32) valid = valid && valid_scale(key_scale[k]) && valid_scale(value_scale[k]);
+  valid = __all_sync(0xffffffffu, valid);
   quantize_row(WarpRow(channels, [values](int32_t i) { return values[i]; }), row, channels, valid, fixed, y);
 }
 
@@ -338,7 +341,7 @@ void launch_attention(const AttentionLayout& s, const AttentionArguments& a, voi
   const auto blocks = [](int64_t warps) { return (warps + kWarps - 1) / kWarps; };
   launch("attention", attention_pack_kernel, {blocks(s.batch * s.heads * s.pack_tasks()), kThreads}, stream, s, a.query, a.key, a.value, workspace);
   launch("attention", attention_kernel, {s.batch * s.heads * s.query_tiles() * s.column_blocks(), kThreads}, stream, s, a.scale, workspace);
-  launch("attention", attention_rows_kernel, {blocks(s.batch * s.queries), kThreads}, stream, s, a.query.scale,
+  launch("attention", attention_rows_kernel, {blocks(s.batch * s.queries), kThreads}, stream, s, a.query.scale, a.key.scale, a.value.scale,
          a.range.strategy == Strategy::fixed ? a.range.predictor : nullptr, workspace, a.y);
 }
 

@@ -48,12 +48,10 @@ struct AttentionLayout {
   PROBQUANT_HOST_DEVICE constexpr int64_t head_bytes() const {
     return query_bytes() + key_bytes() + value_bytes() + term_bytes(query_tiles() * kRows) + term_bytes(int64_t{key_chunks()} * kChunk);
   }
-  /// In front of the heads the output in float, [batch, queries, channels]; behind them, whether an image has a key or a value with an invalid
-  /// scale.
+  /// In front of the heads the output in float, [batch, queries, channels].
   PROBQUANT_HOST_DEVICE float* floats(uint8_t* workspace) const { return reinterpret_cast<float*>(workspace); }
   PROBQUANT_HOST_DEVICE uint8_t* head(uint8_t* workspace, int64_t index) const { return workspace + float_bytes() + index * head_bytes(); }
-  PROBQUANT_HOST_DEVICE uint32_t* invalid(uint8_t* workspace) const { return reinterpret_cast<uint32_t*>(head(workspace, batch * heads)); }
-  constexpr int64_t bytes() const { return float_bytes() + batch * (heads * head_bytes() + static_cast<int64_t>(sizeof(uint32_t))); }
+  constexpr int64_t bytes() const { return float_bytes() + batch * heads * head_bytes(); }
 
  private:
   PROBQUANT_HOST_DEVICE constexpr int64_t float_bytes() const {

@@ -1,11 +1,12 @@
 // concat along the channels, one launch whatever the number of inputs: the partition is that of the output, a thread finds the input
 // that its channel comes from, and requantizes that channel to the union of the inputs' code ranges.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,240 bytes of static
-// shared memory. The lanes of a warp share out the inputs' parameters. Neighbouring threads read and write neighbouring channels: whole
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,244 bytes of static
+// shared memory. The lanes of a warp share out the inputs' parameters, of one sample: a sector each,
+// once per block. Neighbouring threads read and write neighbouring channels: whole
 // sectors but at the seams. No table: two multiplications and a rounding cost less than a look-up with bank conflicts.
 #include "../core/elementwise.h"
-#include "reduce.cuh"
+#include "parts.cuh"
 #include "runtime.h"
 
 namespace probquant::cuda {
@@ -24,7 +25,7 @@ __device__ QParams concat_qparams(const ConcatArguments& s, int64_t sample, cons
   return all.qparams(first, fixed);
 }
 
-__global__ void __launch_bounds__(kMaxThreads) concat_kernel(const Partition p, const ConcatArguments s, const float* fixed, const QuantizedOutput y) {
+__global__ void __launch_bounds__(kMaxThreads) concat_kernel(const Partition p, const ConcatArguments s, const float* fixed, const QuantizedOutput y, const Parts parts) {
   const Place place(p);
   bool valid;
   const QParams qparams = concat_qparams(s, place.sample, fixed, valid);
@@ -33,24 +34,24 @@ __global__ void __launch_bounds__(kMaxThreads) concat_kernel(const Partition p, 
   while (input < s.count - 1 && channel >= s.channels[input]) channel -= s.channels[input++];
   const int64_t channels = s.channels[input];
   const SampleEpilogue e = concat_epilogue(s.inputs[input].scale[place.sample], s.inputs[input].zero_point[place.sample], valid, qparams);
-  start_output(p, place, y, e.valid, qparams.scale, e.y_zero_point);
+  start_output(place, y, p.channels, e.valid, qparams.scale, e.y_zero_point);
   const uint8_t* x = s.inputs[input].q + place.sample * p.positions * channels + channel;
   uint8_t* out = y.q + place.sample * p.positions * p.channels + place.channel;
-  Moments moments;
+  Moments moments[1];
 #pragma unroll 4
   for (int64_t position = place.position; position < place.end; position += p.position_lanes) {
     const Code code = value_to_code(code_value(x[position * channels], e), e);
     out[position * p.channels] = code.q;
-    moments.add(code.q);
-    moments.clipped += code.clipped;
+    moments[0].add(code.q);
+    moments[0].clipped += code.clipped;
   }
-  if (e.valid) add_to_stats(p, place, moments, y.channel_stats, stats_row(y, place.sample, p.channels));
+  if (e.valid) write_stats(p, place, moments, y, p.channels, parts);
 }
 
 }  // namespace
 
-void launch_concat(const Partition& p, const ConcatArguments& s, const float* fixed, const QuantizedOutput& y, void* stream) {
-  launch("concat", concat_kernel, {p.blocks(), p.threads}, stream, p, s, fixed, y);
+void launch_concat(const Partition& p, const ConcatArguments& s, const float* fixed, const QuantizedOutput& y, const Parts& parts, void* stream) {
+  launch("concat", concat_kernel, {p.blocks(), p.threads}, stream, p, s, fixed, y, parts);
 }
 
 }  // namespace probquant::cuda

@@ -7,14 +7,24 @@
 // zero point instead, so that padding needs no correction. Warps read fragments (ldmatrix, swizzled, no bank conflicts) and multiply (mma).
 // Then the accumulators pass through shared memory, kPassRows rows at a time, into whole rows of channels (epilogue.cuh).
 //
+// Before that every block finds what it needs of the samples that have rows in its tile, one to all of its rows: a warp for each, or, where they are
+// more than warps, a thread. Where the output's parameters are given, follow from one law over the input's stats, or from the ranges that the blocks of a
+// launch before have left, that thread finds them (predict.cuh), about a microsecond of doubles on a GeForce. It does so here and not in front of the main loop,
+// because the copies then start at once, other blocks of the multiprocessor multiply meanwhile, and all 48 KiB of shared memory belong to the
+// stages until now. The sample's first block writes the parameters.
+//
+// Stats: warps add up a sample's codes in registers, then in shared memory; the block leaves a part for the sample's last block (parts.cuh). With
+// stats of channels, codes go back to where their sums lay, and a thread walks down a column: no registers or atomics per lane and channel. A sample's
+// parts are those of all tiles that have rows of it.
+//
 // `unit`: bytes of x that are copied at once: 16 where the channels of a group are a multiple of that, and aligned; 8 likewise (the 24 and
 // 40 channels of mobile networks). 1 is for all others, above all an image's 3 channels, where a pixel begins at any byte, which no
 // cp.async can read. There x is gathered through registers, six k blocks at a time, in front of their products: a chunk within a row is
 // five words and four shifts, and only at the image's border it is put together byte by byte. The weights' copies run under it. A pixel of
 // 24 bytes begins and ends within a sector, and the five words are five loads: what is read twice comes from L1.
 //
-// Instructions per thread and two k blocks (large: one) on an sm_80, mma and others: large 64 and 99, medium 32 and 102, small 32 and 94,
-// with units of 8 bytes 32 and 128; gathered 32 and 53, in front of which 114 gather: 5.2 per mma in all. Registers: 225, 107, 154, 131 and 110,
+// Instructions per thread and two k blocks (large: one) on an sm_80, mma and others: large 64 and 100, medium 32 and 100, small 32 and 94,
+// with units of 8 bytes 32 and 128; gathered 32 and 53, in front of which 114 gather: 5.2 per mma in all. Registers: 229, 128, 162, 133 and 130,
 // which let 2, 3, 3, 3 and 3 blocks run; shared memory as in heuristics.h. Bound by the tensor cores where K is long, by the epilogue's
 // arithmetic where it is short, by issuing instructions where x is gathered.
 #include "epilogue.cuh"
@@ -121,12 +131,19 @@ struct Fields {
  private:
   static __device__ int32_t clamp_room(int64_t v) { return static_cast<int32_t>(min(max(v, int64_t{INT32_MIN}), int64_t{INT32_MAX})); }
 };
+/// Row tiles that have rows of one sample, at most: a sample may begin at any row of a tile.
+constexpr int64_t most_row_tiles(int64_t rows_per_sample, int64_t tile_rows) { return (rows_per_sample + tile_rows - 2) / tile_rows + 1; }
+
 constexpr int64_t kMostTaps = 12;  ///< along an axis: a walk may go on for 64 bytes behind the last one, which are up to 4 rows of 16
 
-/// What the epilogue wants to know of a row.
-struct RowParameters {
+/// What the epilogue wants to know of a row of the tile, and of a sample that has any of them.
+struct TileRow {
+  int32_t sample;  ///< of the tile
+  int32_t output_row;
+};
+struct TileSample {
   SampleEpilogue epilogue;
-  int32_t sample, output_row;
+  uint32_t seen[kStatsSample];  ///< of its codes, in the order of stats; or keys of -lo and hi of its values' range
 };
 
 template <class Tile, int unit>
@@ -149,21 +166,22 @@ class Dense {
   static constexpr int kPitch = Tile::kColumns + 8;   ///< int32 per row there: fragments are stored without bank conflicts
   static constexpr int kPassRows = Tile::kRows < 64 ? Tile::kRows : 64;
   static constexpr int kAccumulatorBytes = kSlices * kPassRows * kPitch * 4;
-  static_assert(kAccumulatorBytes + Tile::kRows * static_cast<int>(sizeof(RowParameters)) <= Tile::kSharedBytes, "the epilogue reuses the stages");
+  static_assert(kAccumulatorBytes + Tile::kRows * static_cast<int>(sizeof(TileRow) + sizeof(TileSample)) <= Tile::kSharedBytes, "the epilogue reuses the stages");
+  static_assert(Tile::kRows * Tile::kColumns * 255 * 255 < int64_t{1} << 32 && Tile::kColumns <= kThreads, "a tile's squares of codes are summed in 32 bits, a channel by a thread");
   static_assert(kChunkRows % 8 == 0 && kUnitRows % 8 == 0, "a thread's chunks are swizzled alike");
 
  public:
-  __device__ Dense(const Geometry& g, const LayerArguments& a)
-      : g_(g), a_(a), shared_(dynamic_shared()), lane_(static_cast<int32_t>(threadIdx.x % 32)), warp_(static_cast<int32_t>(threadIdx.x / 32)) {
+  __device__ Dense(const Geometry& g, const LayerArguments& a, const LayerPlan& plan)
+      : g_(g), a_(a), plan_(plan), shared_(dynamic_shared()), lane_(static_cast<int32_t>(threadIdx.x % 32)), warp_(static_cast<int32_t>(threadIdx.x / 32)) {
     const auto block = static_cast<int32_t>(blockIdx.x);
     column_tile_ = block % g.column_tiles;
     group_ = block / g.column_tiles % g.groups;
     first_row_ = block / (g.column_tiles * g.groups) * Tile::kRows;
   }
 
-  __device__ void run(LayerOutput output) {
+  __device__ void run() {
     main_loop();
-    epilogue(output);
+    epilogue();
   }
 
  private:
@@ -337,20 +355,26 @@ class Dense {
     }
   }
 
-  __device__ void epilogue(LayerOutput output) {
+  __device__ void epilogue() {
     using Ints = typename Vector<kWidth>::Ints;
     auto* staged = reinterpret_cast<int32_t*>(shared_);  // [slices][kPassRows][kPitch]
-    auto* parameters = reinterpret_cast<RowParameters*>(shared_ + kAccumulatorBytes);
     const int32_t column = lane_ * kWidth, in_group = column_tile_ * Tile::kColumns + column;
     const int32_t existing = g_.group_channels - in_group;
     const auto& header = *reinterpret_cast<const BlockHeader*>(weight_block(column / kBlockChannels));
-    WarpEpilogue<kWidth> rows(a_, output, g_.out_channels, header, column % kBlockChannels, group_ * g_.group_channels + in_group, existing, g_.vectors);
+    WarpEpilogue<kWidth> rows(a_, plan_.output, g_.out_channels, header, column % kBlockChannels, group_ * g_.group_channels + in_group, existing, g_.vectors);
+    first_sample_ = first_row_ / g_.rows_per_sample;
+    samples_ = ((first_row_ + Tile::kRows < g_.rows ? first_row_ + Tile::kRows : g_.rows) - 1) / g_.rows_per_sample - first_sample_ + 1;
     __syncthreads();  // the last stage has been read
     for (int32_t r = static_cast<int32_t>(threadIdx.x); r < Tile::kRows && first_row_ + r < g_.rows; r += kThreads) {
       const int32_t sample = (first_row_ + r) / g_.rows_per_sample;
       const int32_t position = visited_position(first_row_ + r - sample * g_.rows_per_sample, g_.rows_per_sample, g_.sample_rows);
-      parameters[r] = {sample_epilogue(a_, output, sample), sample, sample * g_.sample_rows + position};
+      tile_rows()[r] = {sample - first_sample_, sample * g_.sample_rows + position};
     }
+    for_each_sample([&](int32_t s, int32_t lane, int32_t lanes) { start_sample(s, lane, lanes); });
+    const bool channel_stats = plan_.output == LayerOutput::codes && a_.y.channel_stats;
+    int32_t current = -1;          // sample of the tile that the warp's rows belong to
+    Moments of_channel;            // that the thread has seen, of the sample `of_sample`
+    int32_t of_sample = -1;
 #pragma unroll 1
     for (int32_t pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
       if (pass > 0) __syncthreads();
@@ -367,11 +391,138 @@ class Dense {
           const Ints part = *reinterpret_cast<const Ints*>(staged + (s * kPassRows + r) * kPitch + column);
           add_to(sums, part);
         }
-        rows.start_sample(parameters[in_tile].sample);
-        rows.store(parameters[in_tile].output_row, parameters[in_tile].epilogue, sums);
+        const TileRow row = tile_rows()[in_tile];
+        if (row.sample != current) flush(rows, current);
+        current = row.sample;
+        const uint32_t codes = rows.store(row.output_row, tile_samples()[row.sample].epilogue, sums);
+        if (!channel_stats) continue;
+        __syncwarp();  // the row's sums have been read, and its codes take their place
+        *(reinterpret_cast<typename Vector<kWidth>::Codes*>(staged + r * kPitch) + lane_) = static_cast<typename Vector<kWidth>::Codes>(codes);
+      }
+      if (channel_stats) {
+        __syncthreads();
+        add_channel(reinterpret_cast<const uint8_t*>(staged), pass * kPassRows, of_channel, of_sample);
       }
     }
-    rows.flush();
+    flush(rows, current);
+    if (channel_stats) leave_channel(of_channel, of_sample);
+    if (plan_.output == LayerOutput::floats) return;
+    __syncthreads();
+    for_each_sample([&](int32_t s, int32_t lane, int32_t lanes) { finish_sample(s, lane, lanes); });
+    if (!channel_stats) return;
+    __syncthreads();
+    for (int32_t s = 0; s < samples_; ++s) {
+      const int32_t sample = first_sample_ + s, tiles = row_tiles(sample);
+      if (tiles > 1 && tile_samples()[s].seen[0] != 0)
+        write_channels(channel_parts(sample), tiles, g_.out_channels, stats_row(a_.y, sample, g_.out_channels));
+    }
+  }
+
+  __device__ TileRow* tile_rows() const { return reinterpret_cast<TileRow*>(shared_ + kAccumulatorBytes); }
+  __device__ TileSample* tile_samples() const { return reinterpret_cast<TileSample*>(tile_rows() + Tile::kRows); }
+
+  // Parts of a sample: [row tiles that have some of its rows][groups][column tiles].
+  __device__ int32_t first_tile(int32_t sample) const { return sample * g_.rows_per_sample / Tile::kRows; }
+  __device__ int32_t row_tiles(int32_t sample) const { return ((sample + 1) * g_.rows_per_sample - 1) / Tile::kRows - first_tile(sample) + 1; }
+  __device__ int32_t tile_of(int32_t sample) const { return first_row_ / Tile::kRows - first_tile(sample); }
+  __device__ int32_t columns() const { return g_.groups * g_.column_tiles; }
+  __device__ int32_t part_of(int32_t sample) const { return tile_of(sample) * columns() + group_ * g_.column_tiles + column_tile_; }
+  __device__ uint64_t* channel_parts(int32_t sample) const { return plan_.parts.channels + static_cast<int64_t>(sample) * plan_.parts.rows * g_.out_channels; }
+
+  /// visit(sample of the tile, lane, lanes): by a warp each where there are few of them, else by a thread each.
+  template <class Visit>
+  __device__ void for_each_sample(Visit visit) const {
+    const int32_t lanes = samples_ <= Tile::kWarps ? 32 : 1;
+    for (int32_t s = static_cast<int32_t>(threadIdx.x) / lanes; s < samples_; s += kThreads / lanes) visit(s, static_cast<int32_t>(threadIdx.x) % lanes, lanes);
+  }
+
+  __device__ void start_sample(int32_t s, int32_t lane, int32_t lanes) const {
+    const int32_t sample = first_sample_ + s;
+    const SampleEpilogue inputs = epilogue_inputs(a_, sample);
+    Range measured{kInfinity, -kInfinity};
+    if (plan_.predicts && plan_.ranges != nullptr) {
+      const Range* of_sample = plan_.ranges + static_cast<int64_t>(sample) * plan_.range_count;
+#pragma unroll 4
+      for (int32_t i = lane; i < plan_.range_count; i += lanes) measured = join(measured, of_sample[i]);
+      if (lanes > 1) {
+        measured.lo = warp_reduce(measured.lo, [](float a, float b) { return min_f(a, b); });
+        measured.hi = warp_reduce(measured.hi, [](float a, float b) { return max_f(a, b); });
+      }
+    }
+    if (lane != 0) return;
+    const bool writes = column_tile_ == 0 && group_ == 0 && tile_of(sample) == 0;
+    const QParams y = plan_.output == LayerOutput::codes ? output_qparams(a_, plan_, sample, inputs, measured, writes) : QParams{};
+    tile_samples()[s] = {sample_epilogue(a_, plan_.output, inputs, y), {}};
+  }
+
+  /// What the warp has seen of a sample, to that of the block. All lanes call together.
+  __device__ void flush(WarpEpilogue<kWidth>& rows, int32_t s) const {
+    if (s < 0) return;
+    uint32_t* const seen = tile_samples()[s].seen;
+    if (plan_.output == LayerOutput::codes) {
+      Moments all;
+#pragma unroll
+      for (const Moments& m : rows.moments) all.sum += m.sum, all.squares += m.squares, all.clipped += m.clipped;
+      const auto add = [](uint32_t a, uint32_t b) { return a + b; };
+      all.sum = warp_reduce(all.sum, add), all.squares = warp_reduce(all.squares, add), all.clipped = warp_reduce(all.clipped, add);
+      if (lane_ == 0) atomicAdd(seen + kStatsSum, all.sum), atomicAdd(seen + kStatsSquares, all.squares), atomicAdd(seen + kStatsClipped, all.clipped);
+    } else if (plan_.output == LayerOutput::range) {
+      const uint32_t lo = range_key(-warp_reduce(rows.range.lo, [](float a, float b) { return min_f(a, b); }));
+      const uint32_t hi = range_key(warp_reduce(rows.range.hi, [](float a, float b) { return max_f(a, b); }));
+      if (lane_ == 0) atomicMax(seen, lo), atomicMax(seen + 1, hi);
+    }
+    rows.reset();
+  }
+
+  /// A thread's channel in the rows of a pass, whose codes lie where their sums did.
+  __device__ void add_channel(const uint8_t* codes, int32_t first, Moments& of_channel, int32_t& of_sample) const {
+    if (!has_channel()) return;
+    for (int32_t r = 0; r < kPassRows && first_row_ + first + r < g_.rows; ++r) {
+      const int32_t s = tile_rows()[first + r].sample;
+      if (s != of_sample) leave_channel(of_channel, of_sample);
+      of_sample = s;
+      of_channel.add(codes[r * kPitch * 4 + static_cast<int32_t>(threadIdx.x)]);
+    }
+  }
+  __device__ bool has_channel() const {
+    const auto channel = static_cast<int32_t>(threadIdx.x);
+    return channel < Tile::kColumns && column_tile_ * Tile::kColumns + channel < g_.group_channels;
+  }
+  __device__ void leave_channel(Moments& seen, int32_t s) const {
+    if (s < 0) return;
+    const int32_t sample = first_sample_ + s, channel = group_ * g_.group_channels + column_tile_ * Tile::kColumns + static_cast<int32_t>(threadIdx.x);
+    if (row_tiles(sample) == 1) write_channel(stats_row(a_.y, sample, g_.out_channels), g_.out_channels, channel, seen.sum, seen.squares);
+    else const_cast<volatile uint64_t*>(channel_parts(sample))[static_cast<int64_t>(tile_of(sample)) * g_.out_channels + channel] = pack_moments(seen.sum, seen.squares);
+    seen = Moments{};
+  }
+
+  /// The block's part of a sample; its stats where that is the last one.
+  __device__ void finish_sample(int32_t s, int32_t lane, int32_t lanes) const {
+    const int32_t sample = first_sample_ + s, tiles = row_tiles(sample), count = tiles * columns();
+    uint32_t* const seen = tile_samples()[s].seen;
+    if (plan_.output == LayerOutput::range) {
+      Range* const to = plan_.ranges + static_cast<int64_t>(sample) * plan_.range_count;
+      if (lane == 0) to[part_of(sample)] = {-key_value(seen[0]), key_value(seen[1])};
+      if (tile_of(sample) == tiles - 1)  // no row is in the tiles that other samples of the same size may have
+        for (int32_t i = part_of(sample) + (lane + 1) * columns(); i < plan_.range_count; i += lanes * columns()) to[i] = {kInfinity, -kInfinity};
+      return;
+    }
+    Sum sums[kStatsSample] = {seen[kStatsSum], seen[kStatsSquares], seen[kStatsClipped]};
+    bool last = count == 1;
+    if (!last) {
+      Part* const of_sample = plan_.parts.parts + static_cast<int64_t>(sample) * plan_.parts.count;
+      if (lane == 0) leave_part(of_sample + part_of(sample), sums[kStatsSum], sums[kStatsSquares], sums[kStatsClipped], plan_.parts.signature);
+      if (lanes > 1) __syncwarp();
+      last = take_parts(of_sample, count, plan_.parts.signature, lane, lanes);
+      if (last) add_parts(of_sample, count, lane, lanes, sums);
+    }
+    if (lane != 0) return;
+    if (last) {
+      int64_t* const row = stats_row(a_.y, sample, g_.out_channels);
+      row[kStatsSum] = static_cast<int64_t>(sums[kStatsSum]), row[kStatsSquares] = static_cast<int64_t>(sums[kStatsSquares]);
+      row[kStatsClipped] = tile_samples()[s].epilogue.valid ? static_cast<int64_t>(sums[kStatsClipped]) : -1;
+    }
+    seen[0] = last;
   }
 
   static __device__ void add_to(int32_t (&sums)[2], int2 part) { sums[0] += part.x, sums[1] += part.y; }
@@ -390,15 +541,17 @@ class Dense {
 
   const Geometry& g_;
   const LayerArguments& a_;
+  const LayerPlan& plan_;
   uint8_t* const shared_;
   const int32_t lane_, warp_;
   int32_t column_tile_, group_, first_row_;
+  int32_t first_sample_, samples_;  ///< that have rows in the tile; since the epilogue
   int32_t accumulators_[kRowTiles][kColumnTiles][4] = {};
 };
 
 template <class Tile, int unit>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) dense_kernel(const Geometry geometry, const LayerArguments arguments, const LayerOutput output) {
-  Dense<Tile, unit>(geometry, arguments).run(output);
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) dense_kernel(const Geometry geometry, const LayerArguments arguments, const LayerPlan plan) {
+  Dense<Tile, unit>(geometry, arguments, plan).run();
 }
 
 Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t rows_per_sample, int64_t tile_columns, int64_t stage_k, bool by_tap) {
@@ -422,28 +575,51 @@ Geometry make_geometry(const Conv2dShape& s, const PackedLayout& layout, int64_t
 }
 
 template <class Tile, int unit = kChunk>
-void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const LayerArguments& a, LayerOutput output, void* stream) {
+void launch_tile(const Conv2dShape& shape, const PackedLayout& layout, const LayerArguments& a, const LayerPlan& plan, void* stream) {
   constexpr int64_t kWidth = Tile::kColumns / 32;
-  Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, output), Tile::kColumns, Tile::kDepth * kBlockK, unit > 1);
+  Geometry g = make_geometry(shape, layout, visited_rows(shape, a.strategy, plan.output), Tile::kColumns, Tile::kDepth * kBlockK, unit > 1);
   g.x_bytes = shape.batch * shape.in_height * int64_t{g.row_bytes};
   g.words = aligned(a.x.q, 4) && (!layout.joined_rows || shape.dilation_width == 1);
   g.vectors = layout.group_channels % kWidth == 0 && aligned(a.y.q, kWidth) && aligned(a.residual.q, kWidth) && aligned(a.y_float, 4 * kWidth);
   const int64_t row_tiles = (int64_t{g.rows} + Tile::kRows - 1) / Tile::kRows;
-  launch("conv2d", dense_kernel<Tile, unit>, {row_tiles * g.groups * g.column_tiles, Tile::kThreads, Tile::kSharedBytes}, stream, g, a, output);
+  launch("conv2d", dense_kernel<Tile, unit>, {row_tiles * g.groups * g.column_tiles, Tile::kThreads, Tile::kSharedBytes}, stream, g, a, plan);
+}
+
+/// Whether x can be copied in units of so many bytes.
+bool copies(const Conv2dShape& s, const LayerArguments& a, int64_t unit) {
+  return s.in_channels / s.groups % unit == 0 && aligned(a.x.q, unit) && s.kernel_height <= kMostTaps && s.kernel_width <= kMostTaps;
+}
+
+int64_t most_parts(const Conv2dShape& s, int64_t rows_per_sample, int64_t tile_rows, int64_t tile_columns) {
+  const int64_t group_channels = s.out_channels / s.groups;
+  return most_row_tiles(rows_per_sample, tile_rows) * s.groups * ((group_channels + tile_columns - 1) / tile_columns);
 }
 
 }  // namespace
 
-void launch_dense(const Conv2dShape& shape, const LayerArguments& a, LayerOutput output, DenseTile tile, void* stream) {
-  const PackedLayout layout(weight_shape(shape));
-  const auto copies = [&](int64_t unit) {
-    return layout.inputs % unit == 0 && aligned(a.x.q, unit) && shape.kernel_height <= kMostTaps && shape.kernel_width <= kMostTaps;
-  };
-  if (!copies(kChunk)) return copies(8) ? launch_tile<MediumTile, 8>(shape, layout, a, output, stream) : launch_tile<MediumTile, 1>(shape, layout, a, output, stream);
+PartsLayout dense_parts(const Conv2dShape& s, bool channel_stats) {
+  const int64_t rows = s.out_height() * s.out_width();
+  return {s.batch, most_parts(s, rows, SmallTile::kRows, SmallTile::kColumns), most_row_tiles(rows, SmallTile::kRows), channel_stats ? s.out_channels : 0};
+}
+
+int64_t dense_range_count(const Conv2dShape& s, const LayerArguments& a, int64_t rows_per_sample, DenseTile tile) {
+  if (!copies(s, a, kChunk)) tile = DenseTile::medium;
   switch (tile) {
-    case DenseTile::large: return launch_tile<LargeTile>(shape, layout, a, output, stream);
-    case DenseTile::medium: return launch_tile<MediumTile>(shape, layout, a, output, stream);
-    case DenseTile::small: return launch_tile<SmallTile>(shape, layout, a, output, stream);
+    case DenseTile::large: return most_parts(s, rows_per_sample, LargeTile::kRows, LargeTile::kColumns);
+    case DenseTile::medium: return most_parts(s, rows_per_sample, MediumTile::kRows, MediumTile::kColumns);
+    case DenseTile::small: return most_parts(s, rows_per_sample, SmallTile::kRows, SmallTile::kColumns);
+  }
+  return 0;
+}
+
+void launch_dense(const Conv2dShape& shape, const LayerArguments& a, const LayerPlan& plan, DenseTile tile, void* stream) {
+  const PackedLayout layout(weight_shape(shape));
+  if (!copies(shape, a, kChunk))
+    return copies(shape, a, 8) ? launch_tile<MediumTile, 8>(shape, layout, a, plan, stream) : launch_tile<MediumTile, 1>(shape, layout, a, plan, stream);
+  switch (tile) {
+    case DenseTile::large: return launch_tile<LargeTile>(shape, layout, a, plan, stream);
+    case DenseTile::medium: return launch_tile<MediumTile>(shape, layout, a, plan, stream);
+    case DenseTile::small: return launch_tile<SmallTile>(shape, layout, a, plan, stream);
   }
 }
 

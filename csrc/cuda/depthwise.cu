@@ -2,8 +2,11 @@
 // positions; for every column of the kernel it turns 4 rows of 4 channels around (8 byte permutations), so that one dp4a meets 4
 // taps of a channel. Outside of the image it takes the sample's zero point, so padding needs no correction.
 //
+// Where the output's parameters take a few flops or are those of a range that a launch before has measured, one thread of every block finds
+// them, in front of everything; the sample's first block writes them. Stats as in parts.cuh.
+//
 // Launch: a Partition of [batch, output positions, ceil(O / 4)], so a block belongs to one sample; up to 256 threads, at most 128
-// registers (2 blocks per multiprocessor), no shared memory. Reads each input byte kernel_height * kernel_width / strides times,
+// registers (2 blocks per multiprocessor), 8,460 bytes of static shared memory. Reads each input byte kernel_height * kernel_width / strides times,
 // nearly all from the L1 cache; about 20 instructions per kernel column and 110 for the epilogue of 4 outputs: bound by those, not
 // by memory.
 #include "epilogue.cuh"
@@ -36,17 +39,23 @@ __device__ uint32_t load_pixel(const Geometry& g, const uint8_t* pixel, int32_t 
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    depthwise_kernel(const Partition p, const Geometry g, const LayerArguments a, const LayerOutput output) {
+    depthwise_kernel(const Partition p, const Geometry g, const LayerArguments a, const LayerPlan plan) {
   const Place place(p);
-  const SampleEpilogue epilogue = sample_epilogue(a, output, place.sample);
+  const SampleEpilogue inputs = epilogue_inputs(a, place.sample);
+  __shared__ QParams qparams;
+  const Range measured = plan.predicts && plan.ranges != nullptr ? sample_range(plan.ranges + place.sample * plan.range_count, plan.range_count) : Range{};
+  if (plan.output == LayerOutput::codes) {
+    if (threadIdx.x == 0) qparams = output_qparams(a, plan, place.sample, inputs, measured, place.first_block);
+    __syncthreads();
+  }
+  const SampleEpilogue epilogue = sample_epilogue(a, plan.output, inputs, plan.output == LayerOutput::codes ? qparams : QParams{});
   const uint32_t outside = static_cast<uint32_t>(epilogue.x_zero_point) * 0x01010101u;
   const auto channel = static_cast<int32_t>(place.channel) * kWidth;
   const int32_t count = place.channel < p.channels ? g.out_channels - channel : 0;
   const int32_t existing = count > 0 ? channel : 0;  // threads without channels read those of the first
   const uint8_t* block = a.packed_weight + existing / kBlockChannels * g.block_bytes;
   const auto* weights = reinterpret_cast<const uint4*>(block + sizeof(BlockHeader)) + existing % kBlockChannels / kWidth;
-  WarpEpilogue<kWidth> rows(a, output, g.out_channels, *reinterpret_cast<const BlockHeader*>(block), existing % kBlockChannels, channel, count, g.vectors);
-  rows.start_sample(place.sample);  // in every lane, those without positions too
+  WarpEpilogue<kWidth> rows(a, plan.output, g.out_channels, *reinterpret_cast<const BlockHeader*>(block), existing % kBlockChannels, channel, count, g.vectors);
   const uint8_t* x = a.x.q + place.sample * g.in_height * g.in_width * g.in_channels;
   for (int64_t i = place.position; i < place.end; i += p.position_lanes) {
     const int32_t position = visited_position(static_cast<int32_t>(i), static_cast<int32_t>(p.positions), g.sample_rows);
@@ -78,12 +87,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
     rows.store(place.sample * g.sample_rows + position, epilogue, accumulators);
   }
-  rows.flush();
+  if (plan.output == LayerOutput::codes) {
+    if (epilogue.valid) write_stats(p, place, rows.moments, a.y, g.out_channels, plan.parts);
+    else write_invalid(place, a.y, g.out_channels);
+  }
+  if (plan.output != LayerOutput::range) return;
+  const Range r = block_range(rows.range);
+  if (threadIdx.x == 0) plan.ranges[blockIdx.x] = r;
 }
 
 }  // namespace
 
-void launch_depthwise(const Conv2dShape& s, const LayerArguments& a, LayerOutput output, void* stream) {
+Partition depthwise_partition(const Conv2dShape& s, int64_t rows_per_sample, bool channel_stats) {
+  return make_partition(s.batch, rows_per_sample, (s.out_channels + kWidth - 1) / kWidth, channel_stats);
+}
+
+void launch_depthwise(const Conv2dShape& s, const LayerArguments& a, const LayerPlan& plan, void* stream) {
   const PackedLayout layout(weight_shape(s));
   const auto int32 = [](int64_t v) { return static_cast<int32_t>(v); };
   Geometry g{};
@@ -97,8 +116,8 @@ void launch_depthwise(const Conv2dShape& s, const LayerArguments& a, LayerOutput
   g.column_steps = int32(layout.column_steps), g.block_bytes = layout.block_bytes;
   g.vectors = s.out_channels % kWidth == 0 && aligned(a.y.q, kWidth) && aligned(a.residual.q, kWidth) && aligned(a.y_float, 4 * kWidth);
   g.input_vectors = s.in_channels % kWidth == 0 && g.multiplier == 1 && aligned(a.x.q, kWidth);
-  const Partition p = make_partition(s.batch, visited_rows(s, a.strategy, output), (s.out_channels + kWidth - 1) / kWidth);
-  launch("conv2d", depthwise_kernel, {p.blocks(), p.threads}, stream, p, g, a, output);
+  const Partition p = depthwise_partition(s, visited_rows(s, a.strategy, plan.output), plan.output == LayerOutput::codes && a.y.channel_stats);
+  launch("conv2d", depthwise_kernel, {p.blocks(), p.threads}, stream, p, g, a, plan);
 }
 
 }  // namespace probquant::cuda

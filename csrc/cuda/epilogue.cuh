@@ -1,13 +1,14 @@
 // From a layer's int32 accumulators to what it stores: the one rounding, residual, activation, moments and clip counts, or
 // floats, or the range of the values. No accumulator leaves the multiprocessor.
 //
-// A lane owns `width` neighbouring channels and walks over rows (output positions). The lanes of a warp are in the same sample
-// at any time; its sums stay in registers until the sample changes: then one atomic per column and warp. Integer sums and
-// minima have no order.
+// A lane owns `width` neighbouring channels and walks over rows (output positions) of one sample, whose sums stay in registers. Before
+// the first of them a block needs the parameters of its samples' outputs (output_qparams). Integer sums and minima have no order. A lane's constants
+// of its channels are read one by one, every 8th or 16th byte of a sector at a time: once per tile, the rest from L1.
 #pragma once
 #include "../core/probe.h"
 #include "launch.h"
-#include "reduce.cuh"
+#include "parts.cuh"
+#include "predict.cuh"
 
 namespace probquant::cuda {
 
@@ -35,14 +36,22 @@ __device__ inline int32_t visited_position(int32_t i, int32_t rows_per_sample, i
   return static_cast<int32_t>(probe_segment(rows, i / kProbeRows).begin) + i % kProbeRows;
 }
 
-/// Constants of a sample. Reads the output's scale and zero point where codes are wanted; a range is that of an output scale of 1.
-__device__ inline SampleEpilogue sample_epilogue(const LayerArguments& a, LayerOutput output, int64_t sample) {
-  const bool residual = a.residual.q != nullptr;
-  SampleEpilogue e = sample_inputs(a.x.scale[sample], a.x.zero_point[sample], residual ? a.residual.scale[sample] : 1.0f,
-                                   residual ? a.residual.zero_point[sample] : 0);
-  if (output == LayerOutput::codes) set_output(e, {a.y.scale[sample], a.y.zero_point[sample]}, a.activation_min, a.activation_max);
-  if (output == LayerOutput::range) set_output(e, {1.0f, 0}, a.activation_min, a.activation_max);
-  return e;
+/// Constants of a sample with these parameters of the output, whose floats and ranges are those of an output scale of 1.
+__device__ inline SampleEpilogue sample_epilogue(const LayerArguments& a, LayerOutput output, SampleEpilogue inputs, QParams y) {
+  if (output == LayerOutput::codes) set_output(inputs, y, a.activation_min, a.activation_max);
+  if (output == LayerOutput::range) set_output(inputs, {1.0f, 0}, a.activation_min, a.activation_max);
+  return inputs;
+}
+
+/// The parameters of a sample's output, by one thread: found here, from `measured` where that takes a range, and written by whom it behoves, or
+/// those that a launch in front has written.
+__device__ inline QParams output_qparams(const LayerArguments& a, const LayerPlan& plan, int64_t sample, const SampleEpilogue& inputs, Range measured, bool writes) {
+  if (!plan.predicts) return {a.y.scale[sample], a.y.zero_point[sample]};
+  QParams y = simple_qparams(plan.problem, a, sample, inputs, measured);
+  y.zero_point = clamp_zero_point(y.zero_point);
+  const bool valid = inputs.valid && valid_scale(y.scale);
+  if (writes) a.y.scale[sample] = valid ? y.scale : kNan, a.y.zero_point[sample] = valid ? y.zero_point : 0;
+  return y;
 }
 
 template <int width>
@@ -58,17 +67,11 @@ class WarpEpilogue {
       weight_sum_[v] = weights.weight_sum[in_block + v];
       channels_[v] = {weights.scale[in_block + v], weights.bias[in_block + v], weights.profile[in_block + v], weights.inverse_profile[in_block + v]};
     }
+    reset();
   }
 
-  /// The rows that follow belong to this sample. All lanes of the warp call together.
-  __device__ void start_sample(int64_t sample) {
-    if (sample == sample_) return;
-    flush();
-    sample_ = sample;
-  }
-
-  /// Stores one row of the sample.
-  __device__ void store(int64_t row, const SampleEpilogue& e, const int32_t (&accumulators)[width]) {
+  /// Stores one row of the sample. Its codes, 0 for channels that do not exist.
+  __device__ uint32_t store(int64_t row, const SampleEpilogue& e, const int32_t (&accumulators)[width]) {
     const int64_t at = row * out_channels_ + channel_;
     const bool has_residual = a_.residual.q != nullptr;
     uint8_t residual[width] = {}, codes[width] = {};
@@ -82,63 +85,36 @@ class WarpEpilogue {
       if (output_ == LayerOutput::codes) {
         const Code code = requantize(accumulator, channels_[v], shortcut, e, a_.activation, has_residual);
         codes[v] = code.q;
-        moments_[v].add(code.q);
-        clipped_ += code.clipped;
+        moments[v].add(code.q);
+        moments[v].clipped += code.clipped;
       } else if (output_ == LayerOutput::floats) {
         const float value = layer_value(accumulator, channels_[v], shortcut, e, a_.activation, a_.activation_min, a_.activation_max, has_residual);
         values[v] = e.valid ? value : kNan;
       } else {
         const float value = output_value(accumulator, channels_[v], shortcut, e, a_.activation, has_residual);
-        range_.lo = min_f(value, range_.lo);
-        range_.hi = max_f(value, range_.hi);
+        range.lo = min_f(value, range.lo);
+        range.hi = max_f(value, range.hi);
       }
     }
     if (output_ == LayerOutput::codes) store_codes(a_.y.q + at, codes);
     if (output_ == LayerOutput::floats) store_floats(a_.y_float + at, values);
+    return joined(codes);
   }
 
-  /// Adds what was seen since the sample began to the sample's row of stats, or to its range. All lanes of the warp call together,
-  /// at the end.
-  __device__ void flush() {
-    if (sample_ >= 0 && output_ == LayerOutput::codes) add_moments();
-    if (sample_ >= 0 && output_ == LayerOutput::range) widen_range();
-    for (Moments& m : moments_) m = Moments{};
-    clipped_ = 0;
-    range_ = {kInfinity, -kInfinity};
+  /// What the rows stored since the last reset had.
+  Moments moments[width];
+  Range range;
+  __device__ void reset() {
+    for (Moments& m : moments) m = Moments{};
+    range = {kInfinity, -kInfinity};
   }
 
  private:
-  using Sum = unsigned long long;
-
-  __device__ void add_moments() {
-    const auto add = [](Sum a, Sum b) { return a + b; };
-    auto* row = reinterpret_cast<Sum*>(stats_row(a_.y, sample_, out_channels_));
-    Sum sum = 0, squares = 0;
+  static __device__ uint32_t joined(const uint8_t (&codes)[width]) {
+    uint32_t all = 0;
 #pragma unroll
-    for (int v = 0; v < width; ++v) {
-      sum += moments_[v].sum;
-      squares += moments_[v].squares;
-      if (a_.y.channel_stats && v < count_) {
-        atomicAdd(row + kStatsSample + channel_ + v, Sum{moments_[v].sum});
-        atomicAdd(row + kStatsSample + out_channels_ + channel_ + v, Sum{moments_[v].squares});
-      }
-    }
-    sum = warp_reduce(sum, add);
-    squares = warp_reduce(squares, add);
-    const Sum clipped = warp_reduce(Sum{clipped_}, add);
-    if (threadIdx.x % 32 != 0) return;
-    atomicAdd(row + kStatsSum, sum);
-    atomicAdd(row + kStatsSquares, squares);
-    if (clipped > 0) atomicAdd(row + kStatsClipped, clipped);
-  }
-
-  __device__ void widen_range() {
-    const uint32_t lo = range_key(-warp_reduce(range_.lo, [](float a, float b) { return min_f(a, b); }));
-    const uint32_t hi = range_key(warp_reduce(range_.hi, [](float a, float b) { return max_f(a, b); }));
-    if (threadIdx.x % 32 != 0) return;
-    auto* keys = static_cast<RangeKeys*>(a_.workspace) + sample_;
-    atomicMax(&keys->minus_lo, lo);
-    atomicMax(&keys->hi, hi);
+    for (int v = 0; v < width; ++v) all |= static_cast<uint32_t>(codes[v]) << 8 * v;
+    return all;
   }
 
   __device__ void load(const uint8_t* from, uint8_t (&codes)[width]) const {
@@ -155,10 +131,7 @@ class WarpEpilogue {
 
   __device__ void store_codes(uint8_t* to, const uint8_t (&codes)[width]) const {
     if (vectors_) {
-      uint32_t all = 0;
-#pragma unroll
-      for (int v = 0; v < width; ++v) all |= static_cast<uint32_t>(codes[v]) << 8 * v;
-      *reinterpret_cast<typename Vector<width>::Codes*>(to) = static_cast<typename Vector<width>::Codes>(all);
+      *reinterpret_cast<typename Vector<width>::Codes*>(to) = static_cast<typename Vector<width>::Codes>(joined(codes));
     } else {
 #pragma unroll
       for (int v = 0; v < width; ++v)
@@ -182,10 +155,6 @@ class WarpEpilogue {
   const bool vectors_;
   int32_t weight_sum_[width];
   ChannelEpilogue channels_[width];
-  int64_t sample_ = -1;
-  Moments moments_[width];
-  uint32_t clipped_ = 0;
-  Range range_{kInfinity, -kInfinity};
 };
 
 }  // namespace probquant::cuda

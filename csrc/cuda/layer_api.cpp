@@ -2,6 +2,8 @@
 // the CPU front ends, and some for what a kernel counts in 32 bits.
 #include <probquant/cuda.h>
 
+#include <algorithm>
+
 #include "../core/front_end.h"
 #include "launch.h"
 
@@ -70,13 +72,31 @@ PredictProblem predict_problem(const Conv2dShape& s, const LayerArguments& a) {
   return p;
 }
 
-/// y's parameters and the beginning of its stats, or laws where that is not null: one launch.
+/// Whether the layer's own launch finds y's parameters: given ones, those of a range that a first launch has measured, and those of one law for
+/// all outputs that asks for stats alone.
+bool predicts_itself(const Conv2dShape& s, const LayerArguments& a) {
+  return a.strategy == Strategy::fixed || finds_range_first(a.strategy) || (a.strategy == Strategy::gaussian && !samples_fields(s, a.strategy, a.gamma));
+}
+
+/// y's parameters, or laws where that is not null: one launch.
 void predict(const char* op, const Conv2dShape& s, const LayerArguments& a, float* laws, void* stream) {
   const PredictProblem problem = predict_problem(s, a);
   if (!samples_fields(s, a.strategy, a.gamma)) return laws == nullptr ? launch_predict(problem, a, s.batch, stream) : launch_law(problem, a, s.batch, laws, stream);
-  require(a.workspace != nullptr, op, ": strategy ", static_cast<int64_t>(a.strategy), " with gamma ", a.gamma, " needs a workspace");
-  clear(op, a.workspace, conv2d_workspace_bytes(s, a.strategy, a.gamma), stream);
+  const int64_t bytes = patch_workspace_bytes(s, patch_grid(s, a.gamma, problem.sums_per_group), problem.sums_per_group);
+  require(a.workspace != nullptr || bytes == 0, op, ": workspace is null, want conv2d_workspace_bytes bytes");
   launch_patch_sums(s, problem, a, laws, stream);
+}
+
+PartsLayout layer_parts(const Conv2dShape& s, bool depthwise, bool channel_stats) {
+  return depthwise ? parts_layout(depthwise_partition(s, s.out_height() * s.out_width(), channel_stats), s.out_channels, channel_stats) : dense_parts(s, channel_stats);
+}
+
+/// Ranges per sample that a first launch measures, with any tile.
+int64_t most_ranges(const Conv2dShape& s, const LayerArguments& a, bool depthwise, int64_t rows) {
+  if (depthwise) return depthwise_partition(s, rows, false).blocks_per_sample();
+  int64_t most = 0;
+  for (const DenseTile tile : {DenseTile::large, DenseTile::medium, DenseTile::small}) most = std::max(most, dense_range_count(s, a, rows, tile));
+  return most;
 }
 
 void check_packed(const LayerArguments& a) {
@@ -97,35 +117,54 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
   launch_pack(PackedLayout(shape), weight, weight_scale, bias, output_profile, packed, stream);
 }
 
-int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma) {
+int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma, bool channel_stats) {
   check_layer_shape(shape);
-  if (finds_range_first(strategy)) return shape.batch * static_cast<int64_t>(sizeof(RangeKeys));
-  if (!samples_fields(shape, strategy, gamma)) return 0;
-  return shape.batch * (sums_per_group(shape, strategy) ? shape.groups : 1) * static_cast<int64_t>(sizeof(PatchSums));
+  const bool depthwise = is_depthwise(weight_shape(shape));
+  int64_t first = 0;  // what one launch leaves for the next, or needs itself
+  if (finds_range_first(strategy)) {
+    first = shape.batch * most_ranges(shape, {}, depthwise, visited_rows(shape, strategy, LayerOutput::range)) * static_cast<int64_t>(sizeof(Range));
+  } else if (samples_fields(shape, strategy, gamma)) {
+    const bool per_group = sums_per_group(shape, strategy);
+    first = patch_workspace_bytes(shape, patch_grid(shape, gamma, per_group), per_group);
+  }
+  return first + (strategy == Strategy::none ? 0 : layer_parts(shape, depthwise, channel_stats).bytes());
 }
 
-void conv2d(const Conv2dShape& shape, const LayerArguments& a, void* stream) {
-  check_layer(shape, a);
-  check_packed(a);
+void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, void* stream) {
+  check_layer(shape, arguments);
+  check_packed(arguments);
   const Conv2dShape s = normalized(shape);
   check_extents(s);
   if (shape.batch == 0) return;
   const PackedLayout layout(weight_shape(s));
-  const auto run = [&](LayerOutput output) {
-    if (layout.depthwise) return launch_depthwise(s, a, output, stream);
-    const DenseTile tile = choose_dense_tile(s.batch * visited_rows(s, a.strategy, output), layout.group_channels, layout.groups, layout.k_blocks);
-    launch_dense(s, a, output, tile, stream);
+  LayerArguments a = arguments;
+  const auto tile = [&](int64_t rows) { return choose_dense_tile(s.batch * rows, layout.group_channels, layout.groups, layout.k_blocks); };
+  const auto run = [&](const LayerPlan& plan) {
+    if (layout.depthwise) launch_depthwise(s, a, plan, stream);
+    else launch_dense(s, a, plan, tile(visited_rows(s, a.strategy, plan.output)), stream);
   };
-  if (a.strategy == Strategy::none) return run(LayerOutput::floats);
+  LayerPlan plan{};
+  plan.output = LayerOutput::floats;
+  if (a.strategy == Strategy::none) return run(plan);
+  const PartsLayout parts = layer_parts(s, layout.depthwise, a.y.channel_stats);
+  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy, a.gamma, a.y.channel_stats) == 0, "conv2d: workspace is null, want conv2d_workspace_bytes bytes");
+  require(parts.count <= kMax32, "conv2d: ", parts.count, " parts of a sample, CUDA kernels take fewer than 2^31");
+  plan.parts = parts.at(a.workspace);
+  a.workspace = static_cast<uint8_t*>(a.workspace) + parts.bytes();
   if (finds_range_first(a.strategy)) {
     // Dynamic: twice through the layer, instead of once with its output in 32 bits to memory and back. 8 bytes per output at an
     // A100's 2 TB/s are the time of a K of about 1,200 at its 624 TOP/s; most layers are shorter.
-    require(a.workspace != nullptr, "conv2d: the dynamic strategy and the probe need a workspace");
-    clear("conv2d", a.workspace, conv2d_workspace_bytes(shape, a.strategy, a.gamma), stream);
-    run(LayerOutput::range);
+    const int64_t rows = visited_rows(s, a.strategy, LayerOutput::range);
+    plan.output = LayerOutput::range;
+    plan.ranges = static_cast<Range*>(a.workspace);
+    plan.range_count = static_cast<int32_t>(layout.depthwise ? depthwise_partition(s, rows, false).blocks_per_sample() : dense_range_count(s, a, rows, tile(rows)));
+    run(plan);
   }
-  predict("conv2d", shape, a, nullptr, stream);
-  run(LayerOutput::codes);
+  plan.output = LayerOutput::codes;
+  plan.predicts = predicts_itself(shape, a);
+  if (plan.predicts) plan.problem = predict_problem(shape, a);
+  else predict("conv2d", shape, a, nullptr, stream);
+  run(plan);
 }
 
 void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law, void* stream) {

@@ -2,7 +2,7 @@
 //
 // Launch: one block of 256 threads per 64 output channels, at most 64 registers, no shared memory; a warp takes a channel at a
 // time: zeros, then its weights, each once, and their sum. Then one block for the trailer, 64 bytes of shared memory. Run at load time
-// only: clear rather than fast.
+// only: clear rather than fast, a byte at a time.
 #include "packed_weight.h"
 #include "reduce.cuh"
 #include "runtime.h"

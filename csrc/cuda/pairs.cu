@@ -1,12 +1,12 @@
 // add and mul: y = clamp(a + b), y = a * b; the second factor may be one value per channel. Dynamic: a first pass finds the range of the
 // result and stores 8 bytes per block; fixed and gaussian know it before, the latter from both inputs' stats in a few flops that every
-// block repeats.
+// block repeats, in one thread.
 //
-// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,304 bytes of static
+// Launch: Partition::blocks() blocks of up to 256 threads, at most 64 registers (4 blocks per multiprocessor), 2,316 bytes of static
 // shared memory. Neighbouring threads read and write neighbouring channels: whole sectors. About 50 instructions per value for 3 bytes of
 // traffic, most of them the exact rounding, clamps and the clip count: bound by issuing them, at 60 % of what an A100's memory could bring.
 #include "../core/elementwise.h"
-#include "reduce.cuh"
+#include "parts.cuh"
 #include "runtime.h"
 
 namespace probquant::cuda {
@@ -63,10 +63,17 @@ __global__ void __launch_bounds__(kMaxThreads) pair_range_kernel(const Partition
 }
 
 template <class Function>
-__global__ void __launch_bounds__(kMaxThreads)
-    pair_kernel(const Partition p, const PairArguments s, const Strategy strategy, const float* predictor, const Range* partials, const QuantizedOutput y) {
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    pair_kernel(const Partition p, const PairArguments s, const Strategy strategy, const float* predictor, const Range* partials, const QuantizedOutput y, const Parts parts) {
+  __shared__ QParams predicted;  // by one thread: a law is in double, which many GPUs have a 64th of float32's units for
+  const int64_t sample = blockIdx.x / static_cast<uint32_t>(p.blocks_per_sample());
+  SampleEpilogue e = Function::inputs(s, sample);
+  if (strategy == Strategy::gaussian && p.positions > 0) {
+    if (threadIdx.x == 0 && e.valid)
+      predicted = Function::predicted(s, sample, p.positions * p.channels, s.per_channel ? p.channels : p.positions * p.channels, e, predictor);
+    __syncthreads();
+  }
   const Place place(p);
-  SampleEpilogue e = Function::inputs(s, place.sample);
   QParams qparams{kNan, 0};
   if (strategy == Strategy::fixed) {
     qparams = fixed_qparams(predictor);
@@ -75,37 +82,37 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else if (strategy == Strategy::dynamic) {
     qparams = Function::exact(sample_range(p, place, partials), e);
   } else if (e.valid) {
-    qparams = Function::predicted(s, place.sample, p.positions * p.channels, s.per_channel ? p.channels : p.positions * p.channels, e, predictor);
+    qparams = predicted;
   }
   set_output(e, qparams, s.activation_min, s.activation_max);
-  start_output(p, place, y, e.valid, qparams.scale, e.y_zero_point);
+  start_output(place, y, p.channels, e.valid, qparams.scale, e.y_zero_point);
   uint8_t* q = y.q + place.sample * p.positions * p.channels + place.channel;
-  Moments moments;
+  Moments moments[1];
   for_each_pair(p, place, s, [&](int64_t position, uint8_t a, uint8_t b) {
     const Code code = Function::code(a, b, e);
     q[position * p.channels] = code.q;
-    moments.add(code.q);
-    moments.clipped += code.clipped;
+    moments[0].add(code.q);
+    moments[0].clipped += code.clipped;
   });
-  if (e.valid) add_to_stats(p, place, moments, y.channel_stats, stats_row(y, place.sample, p.channels));
+  if (e.valid) write_stats(p, place, moments, y, p.channels, parts);
 }
 
 template <class Function>
 void launch_pairs(const char* op, const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials,
-                  const QuantizedOutput& y, void* stream) {
+                  const QuantizedOutput& y, const Parts& parts, void* stream) {
   const LaunchSize size{p.blocks(), p.threads};
   if (strategy == Strategy::dynamic && p.positions > 0) launch(op, pair_range_kernel<Function>, size, stream, p, s, partials);
-  launch(op, pair_kernel<Function>, size, stream, p, s, strategy, predictor, partials, y);
+  launch(op, pair_kernel<Function>, size, stream, p, s, strategy, predictor, partials, y, parts);
 }
 
 }  // namespace
 
-void launch_add(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, void* stream) {
-  launch_pairs<Add>("add", p, s, strategy, predictor, partials, y, stream);
+void launch_add(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, const Parts& parts, void* stream) {
+  launch_pairs<Add>("add", p, s, strategy, predictor, partials, y, parts, stream);
 }
 
-void launch_mul(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, void* stream) {
-  launch_pairs<Mul>("mul", p, s, strategy, predictor, partials, y, stream);
+void launch_mul(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, const Parts& parts, void* stream) {
+  launch_pairs<Mul>("mul", p, s, strategy, predictor, partials, y, parts, stream);
 }
 
 }  // namespace probquant::cuda

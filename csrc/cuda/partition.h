@@ -25,20 +25,21 @@ struct Partition {
 /// Aims at kWantedBlocks blocks: enough to fill 132 multiprocessors with 8 blocks each. A thread gets at least
 /// kMinPerThread values, so that its setup and the block's reduction stay small beside its work, and no more than
 /// kMaxPerThread, whose squares still sum up in 32 bits. In between, a sample has at most kMaxBlocksPerSample blocks: each of
-/// them reads the partial ranges of all.
-inline constexpr int64_t kWantedBlocks = 1056, kMinPerThread = 4, kMaxPerThread = 65536, kMaxBlocksPerSample = 1024;
-static_assert(kMaxPerThread * 255 * 255 < int64_t{1} << 32, "a thread sums squares of codes in 32 bits");
+/// them reads the partial ranges of all. Where channels have stats, the last block adds up those of every part (parts.cuh): 64 parts, if
+/// a part's positions then sum up in 32 bits.
+inline constexpr int64_t kWantedBlocks = 1056, kMinPerThread = 4, kMaxPerThread = 65536, kMaxBlocksPerSample = 1024, kMaxChannelParts = 64;
+static_assert(kMaxPerThread * 255 * 255 < int64_t{1} << 32, "a thread, and a channel's part, sum squares of codes in 32 bits");
 
 /// Every size may be 0; a sample has at least one block, which writes its parameters.
-constexpr Partition make_partition(int64_t samples, int64_t positions, int64_t channels) {
+constexpr Partition make_partition(int64_t samples, int64_t positions, int64_t channels, bool channel_stats) {
   const auto at_least_1 = [](int64_t v) { return v > 1 ? v : 1; };
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t tiles = at_least_1(divide_up(channels, kMaxThreads)), lanes = at_least_1(divide_up(channels, tiles));
   const int64_t rows = at_least_1(smaller(kMaxThreads / lanes, positions));
   const int64_t wanted_parts = at_least_1(kWantedBlocks / at_least_1(samples * tiles));
-  const int64_t most_parts = at_least_1(smaller(divide_up(positions, rows * kMinPerThread), kMaxBlocksPerSample / tiles));
-  const int64_t part_positions = smaller(at_least_1(divide_up(positions, smaller(wanted_parts, most_parts))), rows * kMaxPerThread);
+  const int64_t most_parts = at_least_1(smaller(divide_up(positions, rows * kMinPerThread), channel_stats ? kMaxChannelParts : kMaxBlocksPerSample / tiles));
+  const int64_t part_positions = smaller(at_least_1(divide_up(positions, smaller(wanted_parts, most_parts))), (channel_stats ? 1 : rows) * kMaxPerThread);
   Partition p{};
   p.samples = samples, p.positions = positions, p.channels = channels;
   p.channel_lanes = static_cast<int32_t>(lanes);

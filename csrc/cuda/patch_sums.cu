@@ -1,12 +1,14 @@
 // Sums over the receptive fields of every gamma-th output position (surrogate.h): what the Gaussian surrogate reads of a
-// layer's input. Exact integers. The block that comes last to a sample then predicts (predict.cuh): one launch for both.
+// layer's input. Exact integers. The block that comes last to a sample (parts.cuh) then predicts (predict.cuh): one launch for both.
 //
-// Launch: batch x parts blocks of 256 threads, at most 80 registers (three blocks on a multiprocessor), 6,216 bytes of static shared memory. Two ways to share out the fields of one
-// sample. field_per_warp: a warp takes a field of one group and runs over its rows, lane by lane; for dense layers.
-// group_per_lane: a lane takes a group and runs over its field alone; for depthwise ones, whose channels lie side by side.
-// Reads 1 / gamma^2 of the layer's receptive fields; 3 atomics per warp (per lane with sums of every group).
+// Launch: batch x parts blocks of 256 threads, at most 80 registers (three blocks on a multiprocessor), 6,444 bytes of static shared memory. Two
+// ways to share out the fields of one sample. field_per_warp: a warp takes a field of one group and runs over its rows, lane by lane; for dense
+// layers. group_per_lane: a lane takes a group and runs over its field alone; for depthwise ones, whose channels lie side by side.
+// Reads 1 / gamma^2 of the layer's receptive fields, which begin at any byte of a sector; leaves a sector per block, and with sums of every group 24 bytes per group and chunk of fields:
+// at most kMostGroupBytes per sample, which the last block reads again, so there are fewer chunks where there are many groups.
 #include <algorithm>
 
+#include "parts.cuh"
 #include "predict.cuh"
 #include "runtime.h"
 
@@ -14,6 +16,9 @@ namespace probquant::cuda {
 namespace {
 
 constexpr int kThreads = kPredictThreads, kWarps = kThreads / 32;
+constexpr int64_t kMostGroupBytes = 256 << 10;
+
+bool has_group_per_lane(const Conv2dShape& s) { return s.groups > 1 && s.in_channels / s.groups < 32; }
 
 /// One axis of a field cut to the input: taps [begin, end), tap t at first + t * dilation.
 struct Taps {
@@ -30,56 +35,26 @@ struct Taps {
   }
 };
 
-/// Sums of one lane over several fields.
-struct FieldSums {
-  int64_t sum = 0, squares = 0, sum_of_squared = 0;
+/// Adds a field of `count` codes with these sums; below 2^32, since a field has fewer than 66,000 weights.
+__device__ void add_field(FieldSums& to, uint32_t codes, uint32_t squared_codes, int64_t count, int64_t zero_point) {
+  const int64_t centred = int64_t{codes} - count * zero_point;
+  to.sum += centred;
+  to.squares += int64_t{squared_codes} - 2 * zero_point * int64_t{codes} + count * zero_point * zero_point;
+  to.sum_of_squared += centred * centred;
+}
 
-  /// A field of `count` codes with these sums; below 2^32, since a field has fewer than 66,000 weights.
-  __device__ void add(uint32_t codes, uint32_t squared_codes, int64_t count, int64_t zero_point) {
-    const int64_t centred = int64_t{codes} - count * zero_point;
-    sum += centred;
-    squares += int64_t{squared_codes} - 2 * zero_point * int64_t{codes} + count * zero_point * zero_point;
-    sum_of_squared += centred * centred;
-  }
-  __device__ void add_to(PatchSums* sums) const {
-    using Sum = unsigned long long;
-    atomicAdd(reinterpret_cast<Sum*>(&sums->sum), static_cast<Sum>(sum));
-    atomicAdd(reinterpret_cast<Sum*>(&sums->squares), static_cast<Sum>(squares));
-    atomicAdd(reinterpret_cast<Sum*>(&sums->sum_of_squared), static_cast<Sum>(sum_of_squared));
-  }
-};
-
-/// The block's share of its sample's sums, [batch] or [batch][groups] with `per_group`.
+/// Sums over a warp's share of the fields: of lane's group (group_per_lane), or of one group in lane 0.
 template <bool group_per_lane>
-__device__ void sum_fields(const Conv2dShape& s, const PatchGrid& grid, int64_t sample, const uint8_t* x, const int32_t* zero_points, bool per_group, PatchSums* sums) {
+__device__ FieldSums sum_fields(const Conv2dShape& s, const PatchGrid& grid, const uint8_t* x, int64_t zero_point, int64_t unit, int64_t chunk) {
   const int32_t inputs = static_cast<int32_t>(s.in_channels / s.groups), lane = threadIdx.x % 32;
-  const int64_t warp = blockIdx.x % grid.parts * kWarps + threadIdx.x / 32;
-  const int64_t zero_point = clamp_zero_point(zero_points[sample]), units = group_per_lane ? (s.groups + 31) / 32 : s.groups;
-  x += sample * s.in_height * s.in_width * s.in_channels;
-  sums += sample * (per_group ? s.groups : 1);
-  FieldSums mine;
-  int64_t last_group = -1;  // of the fields in `mine`
-  const auto flush = [&] {
-    if (last_group < 0) return;
-    mine.add_to(sums + (per_group ? last_group : 0));
-    mine = FieldSums{};
-    last_group = -1;
-  };
-  // fields of one group are neighbours, so that a warp changes its group seldom
-  const int64_t begin = warp * grid.per_warp, end = begin + grid.per_warp < units * grid.fields ? begin + grid.per_warp : units * grid.fields;
-  int64_t unit = begin / grid.fields, row = begin % grid.fields / grid.columns, column = begin % grid.fields % grid.columns;
-  const int64_t grid_rows = grid.fields / grid.columns;
-  const auto next = [&] {
-    if (++column < grid.columns) return;
-    column = 0;
-    if (++row < grid_rows) return;
-    row = 0, ++unit;
-  };
-  for (int64_t i = begin; i < end; ++i, next()) {
+  const int64_t group = group_per_lane ? unit * 32 + lane : unit;
+  const int64_t begin = chunk * grid.chunk_fields, end = begin + grid.chunk_fields < grid.fields ? begin + grid.chunk_fields : grid.fields;
+  int64_t row = begin / grid.columns, column = begin % grid.columns;
+  FieldSums sums{};
+  for (int64_t i = begin; i < end; ++i) {
     const Taps rows(row * grid.gamma, s.stride_height, s.padding_top, s.dilation_height, s.kernel_height, s.in_height);
     const Taps columns(column * grid.gamma, s.stride_width, s.padding_left, s.dilation_width, s.kernel_width, s.in_width);
-    const int64_t group = group_per_lane ? unit * 32 + lane : unit;
-    if (per_group && group != last_group) flush();
+    if (++column == grid.columns) column = 0, ++row;
     uint32_t codes = 0, squared = 0;
     if (group < s.groups) {
       const bool joined = s.groups == 1 && s.dilation_width == 1;  // a kernel row is contiguous
@@ -97,40 +72,89 @@ __device__ void sum_fields(const Conv2dShape& s, const PatchGrid& grid, int64_t 
       const auto add = [](uint32_t a, uint32_t b) { return a + b; };
       codes = warp_reduce(codes, add), squared = warp_reduce(squared, add);
     }
-    if (group >= s.groups || (!group_per_lane && lane != 0)) continue;
-    mine.add(codes, squared, int64_t{rows.end - rows.begin} * (columns.end - columns.begin) * inputs, zero_point);
-    last_group = group;
+    if (group < s.groups && (group_per_lane || lane == 0)) add_field(sums, codes, squared, int64_t{rows.end - rows.begin} * (columns.end - columns.begin) * inputs, zero_point);
   }
-  flush();
+  return sums;
 }
 
-/// The grid is [batch][parts] blocks. The sums' counts, which are known, count blocks instead. Writes laws, or y's parameters where that is null.
+/// The grid is [batch][parts] blocks, a sample's warps are [units][chunks]. Writes laws, or y's parameters where that is null.
 template <bool group_per_lane>
-__global__ void __launch_bounds__(kThreads, 3) patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const PredictProblem p, const LayerArguments a, float* laws) {
-  const int64_t sample = blockIdx.x / grid.parts;
-  auto* sums = static_cast<PatchSums*>(a.workspace);
-  sum_fields<group_per_lane>(s, grid, sample, a.x.q, a.x.zero_point, p.sums_per_group, sums);
-  PatchSums& first = sums[sample * (p.sums_per_group ? s.groups : 1)];
-  if (!last_block(reinterpret_cast<unsigned long long*>(&first.count), grid.parts)) return;
-  if (laws == nullptr) predict(p, a, sample);
-  else write_laws(p, a, sample, laws);
+__global__ void __launch_bounds__(kThreads, 3)
+    patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const PredictProblem p, const LayerArguments a, FieldSums* of_groups, const Parts parts, float* laws) {
+  __shared__ Sum of_warp[3][kWarps];
+  __shared__ SampledFields sampled;
+  __shared__ bool taken;
+  const int64_t sample = blockIdx.x / grid.parts, block = blockIdx.x % grid.parts, warp = block * kWarps + threadIdx.x / 32;
+  const int64_t unit = warp / grid.chunks, chunk = warp % grid.chunks;
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  FieldSums mine{};
+  if (unit < grid.units)
+    mine = sum_fields<group_per_lane>(s, grid, a.x.q + sample * s.in_height * s.in_width * s.in_channels, clamp_zero_point(a.x.zero_point[sample]), unit, chunk);
+  if (of_groups != nullptr) of_groups += sample * grid.chunks * s.groups;
+  if (of_groups != nullptr && unit < grid.units) {
+    const int64_t group = group_per_lane ? unit * 32 + lane : unit;
+    if (group < s.groups && (group_per_lane || lane == 0)) {
+      volatile FieldSums& to = of_groups[chunk * s.groups + group];
+      to.sum = mine.sum;
+      to.squares = mine.squares;
+      to.sum_of_squared = mine.sum_of_squared;
+    }
+  }
+  const auto add = [](Sum a, Sum b) { return a + b; };
+  const Sum totals[3] = {warp_reduce(static_cast<Sum>(mine.sum), add), warp_reduce(static_cast<Sum>(mine.squares), add), warp_reduce(static_cast<Sum>(mine.sum_of_squared), add)};
+  if (lane == 0)
+    for (int i = 0; i < 3; ++i) of_warp[i][threadIdx.x / 32] = totals[i];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    Part* const of_sample = parts.parts + sample * grid.parts;
+    Sum sums[kStatsSample] = {};
+    for (int i = 0; i < 3; ++i)
+      for (int w = 0; w < kWarps; ++w) sums[i] += of_warp[i][w];
+    bool last = grid.parts == 1;
+    if (!last) {
+      if (lane == 0) leave_part(of_sample + block, sums[0], sums[1], sums[2], parts.signature);
+      __syncwarp();
+      last = take_parts(of_sample, static_cast<int32_t>(grid.parts), parts.signature, lane, 32);
+      if (last) add_parts(of_sample, static_cast<int32_t>(grid.parts), lane, 32, sums);
+    }
+    if (lane == 0) taken = last, sampled = {{static_cast<int64_t>(sums[0]), static_cast<int64_t>(sums[1]), static_cast<int64_t>(sums[2])}, of_groups, grid.chunks};
+  }
+  __syncthreads();
+  if (!taken) return;
+  if (laws == nullptr) predict(p, a, sample, &sampled);
+  else write_laws(p, a, sample, laws, &sampled);
 }
+
+PartsLayout parts_of(const Conv2dShape& s, const PatchGrid& grid) { return {s.batch, grid.parts, 1, 0}; }
 
 }  // namespace
 
-void launch_patch_sums(const Conv2dShape& s, const PredictProblem& problem, const LayerArguments& a, float* laws, void* stream) {
+PatchGrid patch_grid(const Conv2dShape& s, int64_t gamma, bool sums_per_group) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const bool group_per_lane = s.groups > 1 && s.in_channels / s.groups < 32;
   PatchGrid grid{};
-  grid.gamma = a.gamma;
-  grid.columns = divide_up(s.out_width(), a.gamma);
-  grid.fields = divide_up(s.out_height(), a.gamma) * grid.columns;
-  const int64_t units = (group_per_lane ? divide_up(s.groups, 32) : s.groups) * grid.fields;
+  grid.gamma = gamma;
+  grid.columns = divide_up(s.out_width(), gamma);
+  grid.fields = divide_up(s.out_height(), gamma) * grid.columns;
+  grid.units = has_group_per_lane(s) ? divide_up(s.groups, 32) : s.groups;
   // as many blocks as the device holds, at most one field per warp
-  grid.parts = std::max<int64_t>(1, std::min(divide_up(units, kWarps), kWantedBlocks / s.batch));
-  grid.per_warp = divide_up(units, grid.parts * kWarps);
-  launch(laws == nullptr ? "conv2d" : "surrogate_law", group_per_lane ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s,
-         grid, problem, a, laws);
+  int64_t chunks = kWantedBlocks * kWarps / std::max<int64_t>(1, s.batch * grid.units);
+  if (sums_per_group) chunks = std::min(chunks, kMostGroupBytes / (s.groups * static_cast<int64_t>(sizeof(FieldSums))));
+  grid.chunk_fields = divide_up(grid.fields, std::max<int64_t>(1, std::min(chunks, grid.fields)));
+  grid.chunks = divide_up(grid.fields, grid.chunk_fields);
+  grid.parts = divide_up(grid.units * grid.chunks, kWarps);
+  return grid;
+}
+
+int64_t patch_workspace_bytes(const Conv2dShape& s, const PatchGrid& grid, bool sums_per_group) {
+  return parts_of(s, grid).bytes() + (sums_per_group ? s.batch * grid.chunks * s.groups * static_cast<int64_t>(sizeof(FieldSums)) : 0);
+}
+
+void launch_patch_sums(const Conv2dShape& s, const PredictProblem& problem, const LayerArguments& a, float* laws, void* stream) {
+  const PatchGrid grid = patch_grid(s, a.gamma, problem.sums_per_group);
+  const PartsLayout layout = parts_of(s, grid);
+  auto* of_groups = problem.sums_per_group ? reinterpret_cast<FieldSums*>(static_cast<uint8_t*>(a.workspace) + layout.bytes()) : nullptr;
+  launch(laws == nullptr ? "conv2d" : "surrogate_law", has_group_per_lane(s) ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s,
+         grid, problem, a, of_groups, layout.at(a.workspace), laws);
 }
 
 }  // namespace probquant::cuda

@@ -13,17 +13,20 @@ struct Place {
   int64_t sample, position, end;
   int64_t channel;
   int32_t channel_lane, position_lane;
-  bool first_block;  ///< of the sample
+  int32_t block, part;  ///< of the sample; of its positions
+  bool first_block;     ///< of the sample
 
   __device__ explicit Place(const Partition& p) {
     const auto per_sample = static_cast<uint32_t>(p.blocks_per_sample()), tiles = static_cast<uint32_t>(p.channel_tiles);
-    const uint32_t block = blockIdx.x % per_sample, thread = threadIdx.x, lanes = static_cast<uint32_t>(p.channel_lanes);
+    const uint32_t of_sample = blockIdx.x % per_sample, thread = threadIdx.x, lanes = static_cast<uint32_t>(p.channel_lanes);
     sample = blockIdx.x / per_sample;
+    block = static_cast<int32_t>(of_sample);
+    part = static_cast<int32_t>(of_sample / tiles);
     first_block = block == 0;
     channel_lane = static_cast<int32_t>(thread % lanes);
     position_lane = static_cast<int32_t>(thread / lanes);
-    channel = static_cast<int64_t>(block % tiles) * p.channel_lanes + channel_lane;
-    const int64_t begin = static_cast<int64_t>(block / tiles) * p.part_positions;
+    channel = static_cast<int64_t>(of_sample % tiles) * p.channel_lanes + channel_lane;
+    const int64_t begin = static_cast<int64_t>(of_sample / tiles) * p.part_positions;
     position = begin + position_lane;
     end = begin + p.part_positions < p.positions ? begin + p.part_positions : p.positions;
     if (position_lane >= p.position_lanes || channel >= p.channels) end = position;  // idle, but there for the barriers

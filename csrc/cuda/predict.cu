@@ -1,6 +1,5 @@
-// A layer's prediction (predict.cuh) where it needs no patch sums. A launch of its own even for one law: the law is in double, which GeForce
-// and L4 have a 64th of float32's units for, so that every block of the layer would lose microseconds to it; and the layer's blocks add to
-// stats that somebody must have cleared before.
+// A layer's prediction (predict.cuh) where it has a law per output or input channel, from stats: hundreds of laws in double, which GeForce and
+// L4 have a 64th of float32's units for, so that every block of the layer would lose microseconds to them. One law is the layer's own affair.
 //
 // Launch: one block of 256 threads per sample, at most 64 registers, 6,208 bytes of static shared memory. Bound by the launch.
 #include "predict.cuh"

@@ -1,5 +1,6 @@
 // A row of floats that is a sample of its own, held by one warp: value i is lane i % 32's, which is also the order in which NUMERICS.md
-// sums floats up. Quantized before it leaves the registers.
+// sums floats up. Quantized before it leaves the registers. A row of stats has three columns in front of the channels', so that those begin
+// within a sector.
 #pragma once
 #include "reduce.cuh"
 

@@ -1,6 +1,9 @@
-// Errors of the CUDA runtime in words, and memory cleared on a stream. The library links the static run-time library: it loads
+// Errors of the CUDA runtime in words, and the signatures of launches. The library links the static run-time library: it loads
 // on machines without a driver, where the first call of the runtime gives the error.
 #include "runtime.h"
+
+#include <atomic>
+#include <random>
 
 #include "launch.h"
 
@@ -31,8 +34,18 @@ void throw_cuda_error(const char* what, cudaError_t error) {
               (reason.empty() ? "" : ")"));
 }
 
-void clear(const char* op, void* data, int64_t bytes, void* stream) {
-  if (bytes > 0) check(op, cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+Parts PartsLayout::at(void* workspace) const {
+  // Steps from a random place, mixed by the finalizer of SplitMix64 (Steele et al., OOPSLA 2014), which is a bijection: never the same twice.
+  static std::atomic<uint64_t> launches{uint64_t{std::random_device{}()} << 32 | std::random_device{}()};
+  uint64_t signature = 0;
+  while (signature == 0) {  // is for parts that were taken
+    signature = launches.fetch_add(0x9e3779b97f4a7c15u, std::memory_order_relaxed);
+    signature = (signature ^ signature >> 30) * 0xbf58476d1ce4e5b9u;
+    signature = (signature ^ signature >> 27) * 0x94d049bb133111ebu;
+    signature ^= signature >> 31;
+  }
+  auto* first = static_cast<uint8_t*>(workspace);
+  return {reinterpret_cast<Part*>(first), reinterpret_cast<uint64_t*>(first + part_bytes()), static_cast<int32_t>(count), static_cast<int32_t>(rows), signature};
 }
 
 }  // namespace probquant::cuda

@@ -36,7 +36,6 @@ void attention(const AttentionShape& shape, const AttentionArguments& a, void* s
           " is too large for one launch, or has more than ", kMaxChannels, " channels");
   if (shape.batch == 0 || shape.queries == 0) return;
   require(aligned(a.workspace, kWorkspaceAlignment), "attention: workspace must be aligned to ", kWorkspaceAlignment, " bytes");
-  clear("attention", layout.invalid(static_cast<uint8_t*>(a.workspace)), shape.batch * static_cast<int64_t>(sizeof(uint32_t)), stream);
   launch_attention(layout, a, stream);
 }
 

@@ -32,10 +32,10 @@ int main() {
   y.q = q, y.scale = &scale, y.zero_point = &zero_point, y.stats = stats;
   probquant::QuantizedInput codes;
   codes.q = q, codes.scale = &scale, codes.zero_point = &zero_point;
-  report("quantize_workspace_bytes", [&] { probquant::cuda::quantize_workspace_bytes(x, false); });
+  report("workspace_bytes", [&] { probquant::cuda::workspace_bytes(1, 1, 2, false, true); });
   report("quantize", [&] { probquant::cuda::quantize(x, nullptr, nullptr, y, workspace, nullptr); });
   report("dequantize", [&] { probquant::cuda::dequantize(codes, 1, 2, probquant::DType::float32, values, nullptr); });
-  report("moments", [&] { probquant::cuda::moments(q, 1, 2, 2, false, stats, nullptr); });
+  report("moments", [&] { probquant::cuda::moments(q, 1, 2, 2, false, stats, workspace, nullptr); });
   const probquant::Conv2dShape layer = probquant::linear_shape(1, 1, 2, 1);
   const int8_t weight[2] = {1, 2};
   alignas(64) uint8_t packed[1 << 16] = {};
@@ -51,8 +51,8 @@ int main() {
   report("add", [&] { probquant::cuda::add(codes, codes, 1, 2, 2, -1, 1, range, y, nullptr, nullptr); });
   report("mul", [&] { probquant::cuda::mul(codes, codes, 1, 2, 2, true, range, y, nullptr, nullptr); });
   report("activation", [&] { probquant::cuda::activation(codes, 1, 2, 2, probquant::Activation::gelu, -1, 1, range, y, nullptr, nullptr); });
-  report("concat", [&] { probquant::cuda::concat(&codes, channels, 1, 1, 1, range, y, nullptr); });
-  report("upsample_nearest2d", [&] { probquant::cuda::upsample_nearest2d(1, 1, 1, 2, 1, 1, codes, y, nullptr); });
+  report("concat", [&] { probquant::cuda::concat(&codes, channels, 1, 1, 1, range, y, workspace, nullptr); });
+  report("upsample_nearest2d", [&] { probquant::cuda::upsample_nearest2d(1, 1, 1, 2, 1, 1, codes, y, workspace, nullptr); });
   probquant::LayerNormArguments norm;
   norm.x = codes, norm.range = range, norm.y = y;
   report("layer_norm", [&] { probquant::cuda::layer_norm(1, 2, norm, nullptr); });
@@ -64,5 +64,5 @@ int main() {
     arguments.predictor_size = 1;
     probquant::cuda::conv2d(layer, arguments, nullptr);
   });
-  report("a wrong size", [&] { probquant::cuda::moments(q, 1, 3, 2, false, stats, nullptr); });
+  report("a wrong size", [&] { probquant::cuda::moments(q, 1, 3, 2, false, stats, workspace, nullptr); });
 }

@@ -42,6 +42,7 @@ class Buffer {
   T* as() const {
     return reinterpret_cast<T*>(data_.get());
   }
+  void fill(uint8_t garbage) { if (data_ != nullptr) std::memset(data_.get(), garbage, bytes_); }
   bool same(const Buffer& other) const { return bytes_ == 0 || std::memcmp(as<char>(), other.as<char>(), bytes_) == 0; }
 
  private:

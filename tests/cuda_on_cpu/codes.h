@@ -18,6 +18,9 @@ struct Activations {
         scale(4 * sample_count, 2),
         zero_point(4 * sample_count, 3),
         stats(8 * probquant::stats_columns(channels, true) * sample_count, 4),
+        samples(sample_count),
+        count(count),
+        channels(channels),
         columns(probquant::stats_columns(channels, true)),
         offset(misalignment) {
     const uint32_t kind = random_bits() % 4;
@@ -33,10 +36,15 @@ struct Activations {
     probquant::moments(data(), sample_count, count, channels, true, stats.as<int64_t>(), probquant::serial_executor());
   }
   uint8_t* data() { return q.as<uint8_t>() + offset; }
+  /// Other codes in the same place.
+  void flip() {
+    for (int64_t i = 0; i < samples * count; ++i) data()[i] = static_cast<uint8_t>(255 - data()[i] / 2);
+    probquant::moments(data(), samples, count, channels, true, stats.as<int64_t>(), probquant::serial_executor());
+  }
   probquant::QuantizedInput input() { return {data(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), columns}; }
 
  private:
-  int64_t columns, offset;
+  int64_t samples, count, channels, columns, offset;
 };
 
 /// The four outputs of an op.
@@ -50,6 +58,7 @@ struct Outputs {
         zero_point(samples * 4, garbage),
         stats(samples * 8 * probquant::stats_columns(channels, with_channels), garbage),
         channel_stats(with_channels) {}
+  void overwrite(uint8_t garbage) { q.fill(garbage), scale.fill(garbage), zero_point.fill(garbage), stats.fill(garbage); }
   probquant::QuantizedOutput pointers() { return {q.as<uint8_t>(), scale.as<float>(), zero_point.as<int32_t>(), stats.as<int64_t>(), channel_stats}; }
 };
 

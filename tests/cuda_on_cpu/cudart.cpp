@@ -67,7 +67,7 @@ struct Checked {
 
 int launch(const char* name, const void* key, Size grid, Size block, unsigned most_threads, unsigned static_shared_bytes, size_t dynamic_shared_bytes,
            void* stream, const std::function<void()>& thread) {
-  enqueued().push_back({name, stream, grid, block, dynamic_shared_bytes});
+  enqueued().push_back({name, stream, grid, block, dynamic_shared_bytes, {}});
   if (device().error != 0) return note(static_cast<cudaError_t>(device().error));
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024 || block.z > 64)
@@ -76,10 +76,17 @@ int launch(const char* name, const void* key, Size grid, Size block, unsigned mo
   const auto asked = most_dynamic_shared().find(key);
   const size_t most = asked == most_dynamic_shared().end() ? static_cast<size_t>(device().shared_per_block) - static_shared_bytes : static_cast<size_t>(asked->second);
   if (dynamic_shared_bytes > most) return note(cudaErrorInvalidValue);
-  set_shared_memory(static_shared_bytes, static_cast<unsigned>(dynamic_shared_bytes));
-  run_grid(name, grid, block, thread);
+  enqueued().back().again = [=, kernel = std::string(name)] {
+    set_shared_memory(static_shared_bytes, static_cast<unsigned>(dynamic_shared_bytes));
+    run_grid(kernel.c_str(), grid, block, thread);
+  };
+  enqueued().back().again();
   if (options().check) checked.kernels.insert(key);
   return cudaSuccess;
+}
+
+void replay(size_t first) {
+  for (size_t i = first; i < enqueued().size(); ++i) enqueued()[i].again();
 }
 
 }  // namespace cuda_on_cpu
@@ -128,7 +135,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
-  enqueued().push_back({"memset", stream, {}, {}});
+  enqueued().push_back({"memset", stream, {}, {}, 0, [=] { std::memset(data, value, bytes); }});
   if (device().error != 0) return note(static_cast<cudaError_t>(device().error));
   std::memset(data, value, bytes);
   return cudaSuccess;
@@ -209,12 +216,15 @@ cudaError_t launch_by_address(const void* function, dim3 grid, dim3 block, void*
   const auto found = name == names().end() ? kernels().end() : kernels().find(name->second);
   if (found == kernels().end()) return note(cudaErrorInvalidDeviceFunction);
   const Kernel& kernel = found->second;
-  std::vector<uint8_t> parameters(kernel.parameter_bytes + 16);
+  const auto parameters = std::make_shared<std::vector<uint8_t>>(kernel.parameter_bytes + 16);
   for (unsigned i = 0; i < kernel.parameter_count; ++i)
-    std::memcpy(parameters.data() + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
-  set_parameters(parameters.data(), kernel.parameter_bytes);
+    std::memcpy(parameters->data() + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
+  const auto thread = [parameters, &kernel] {
+    set_parameters(parameters->data(), kernel.parameter_bytes);
+    kernel.run(parameters->data());
+  };
   return static_cast<cudaError_t>(cuda_on_cpu::launch(readable(kernel.name).c_str(), function, size(grid), size(block), kernel.most_threads, kernel.static_shared_bytes,
-                                                      shared_bytes, stream, [&] { kernel.run(parameters.data()); }));
+                                                      shared_bytes, stream, thread));
 }
 
 }  // namespace

@@ -25,13 +25,18 @@ struct Enqueued {
   void* stream;
   Size grid, block;
   size_t dynamic_shared_bytes = 0;
+  std::function<void()> again;  ///< runs a launch once more, with the parameters that it had
 };
 std::vector<Enqueued>& enqueued();
+
+/// Runs all launches from enqueued()[first] on once more: what the replay of a CUDA graph does that has captured them.
+void replay(size_t first);
 
 /// Calls that a CUDA graph cannot capture: allocations, synchronization, copies that wait.
 int& uncapturable_calls();
 
-/// Checks the configuration as CUDA does and runs the grid; a cudaError_t. `key` is what cudaFuncSetAttribute names the kernel by.
+/// Checks the configuration as CUDA does and runs the grid; a cudaError_t. `key` is what cudaFuncSetAttribute names the kernel by. `thread` owns its
+/// parameters.
 int launch(const char* name, const void* key, Size grid, Size block, unsigned most_threads, unsigned static_shared_bytes, size_t dynamic_shared_bytes,
            void* stream, const std::function<void()>& thread);
 

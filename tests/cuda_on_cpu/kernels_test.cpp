@@ -6,6 +6,7 @@
 #include <probquant/cuda.h>
 
 #include "codes.h"
+#include "cudart.h"
 #include "core/float_formats.h"
 #include "core/numerics.h"
 #include "cuda/launch.h"
@@ -84,7 +85,7 @@ void test_quantize(const Shape& s, DType dtype, Layout layout, Values values, bo
   Image x(s, dtype, layout, values);
   Outputs wanted(s.samples, s.count(), s.channels, channel_stats, 0x11), got(s.samples, s.count(), s.channels, channel_stats, 0xee);
   quantize(x.view, scale, zero_point, wanted.pointers(), serial_executor());
-  Buffer workspace(cuda::quantize_workspace_bytes(x.view, scale != nullptr), 0xcc);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions(), s.channels, channel_stats, scale == nullptr), 0xcc);
   const Buffer device_scale(scale, 1), device_zero_point(zero_point, 1);
   cuda::quantize(x.view, device_scale.as<float>(), device_zero_point.as<int32_t>(), got.pointers(), workspace.as<void>(), nullptr);
   const std::string what = "quantize " + text(s) + " " + name(dtype) + ", " + kValueNames[static_cast<int>(values)] + ", layout " +
@@ -115,20 +116,28 @@ void test_moments(const Shape& s, bool channel_stats) {
   const int64_t bytes = s.samples * 8 * stats_columns(s.channels, channel_stats);
   Buffer wanted(bytes, 0x11), got(bytes, 0xee);
   moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, wanted.as<int64_t>(), serial_executor());
-  cuda::moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, got.as<int64_t>(), nullptr);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions(), s.channels, channel_stats, false), 0xcc);
+  const size_t first = cuda_on_cpu::enqueued().size();
+  cuda::moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, got.as<int64_t>(), workspace.as<void>(), nullptr);
   if (!wanted.same(got)) fail("moments " + text(s) + (channel_stats ? ", channel stats" : ""));
+  // Once more, as a CUDA graph replays it: on other values, in the workspace as it was left.
+  for (int64_t i = 0; i < s.samples * s.count(); ++i) q.as<uint8_t>()[i] = static_cast<uint8_t>(255 - q.as<uint8_t>()[i] / 2);
+  moments(q.as<uint8_t>(), s.samples, s.count(), s.channels, channel_stats, wanted.as<int64_t>(), serial_executor());
+  got.fill(0x99);
+  cuda_on_cpu::replay(first);
+  if (!wanted.same(got)) fail("replayed moments " + text(s) + (channel_stats ? ", channel stats" : ""));
 }
 
 /// Every value belongs to exactly one thread of one block.
-void test_partition(int64_t samples, int64_t positions, int64_t channels) {
+void test_partition(int64_t samples, int64_t positions, int64_t channels, bool channel_stats = false) {
   ++cases;
-  const cuda::Partition p = cuda::make_partition(samples, positions, channels);
+  const cuda::Partition p = cuda::make_partition(samples, positions, channels, channel_stats);
   const bool right = p.threads % 32 == 0 && p.threads <= cuda::kMaxThreads && p.channel_lanes * p.position_lanes <= p.threads &&
                      int64_t{p.channel_lanes} * p.channel_tiles >= channels &&
                      int64_t{p.channel_lanes} * (p.channel_tiles - 1) < (channels > 0 ? channels : 1) &&
                      p.part_positions * p.position_parts >= positions &&
                      p.part_positions * (p.position_parts - 1) < (positions > 0 ? positions : 1) &&
-                     p.part_positions <= p.position_lanes * cuda::kMaxPerThread && p.blocks_per_sample() >= 1;
+                     p.part_positions <= (channel_stats ? 1 : p.position_lanes) * cuda::kMaxPerThread && p.blocks_per_sample() >= 1;
   if (!right) fail("partition of " + std::to_string(samples) + " x " + std::to_string(positions) + " x " + std::to_string(channels));
 }
 
@@ -185,7 +194,7 @@ int main(int argument_count, char** arguments) try {
     test_quantize({1, 1, 1, 300007}, DType::float32, Layout::nhwc, Values::usual, true, nullptr, nullptr);
   for (int i = 0; i < 20000; ++i) {
     const auto size = [] { return static_cast<int64_t>(random_bits() % 4 ? random_bits() % 600 : random_bits() % 3000000); };
-    test_partition(size(), size(), size());
+    test_partition(size(), size(), size(), i % 2 == 0);
   }
 
   test_partition(1, int64_t{1} << 33, 256);

@@ -9,6 +9,7 @@
 #include <cstdio>
 
 #include "codes.h"
+#include "cudart.h"
 #include "core/front_end.h"
 #include "cuda/launch.h"
 #include "memory.h"
@@ -101,11 +102,12 @@ void test_layer(const Conv2dShape& s, const Options& o, bool every_tile = true) 
   a.gamma = o.gamma;
   LayerArguments on_cuda = a;
   LayerOutputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
-  Buffer wide(conv2d_workspace_bytes(s, o.strategy), 0xaa), workspace(cuda::conv2d_workspace_bytes(s, o.strategy, o.gamma), 0xcc);
+  Buffer wide(conv2d_workspace_bytes(s, o.strategy), 0xaa), workspace(cuda::conv2d_workspace_bytes(s, o.strategy, o.gamma, o.channel_stats), 0xcc);
   a.packed_weight = weight.on_cpu.as<uint8_t>(), a.y = wanted.pointers(), a.y_float = wanted.floats.as<float>(), a.workspace = wide.as<void>();
   on_cuda.packed_weight = weight.on_cuda.as<uint8_t>(), on_cuda.y = got.pointers(), on_cuda.y_float = got.floats.as<float>();
   on_cuda.workspace = workspace.as<void>();
   conv2d(s, a, serial_executor());
+  const size_t first = cuda_on_cpu::enqueued().size();
   cuda::conv2d(s, on_cuda, nullptr);
   if (o.strategy == Strategy::none) {
     const int64_t count = s.batch * s.out_height() * s.out_width() * s.out_channels;
@@ -113,6 +115,13 @@ void test_layer(const Conv2dShape& s, const Options& o, bool every_tile = true) 
     return;
   }
   compare(text(s, o), wanted, got);
+  if (cases % 3 == 0 && cuda_on_cpu::options().check) {  // as a CUDA graph replays them: on other values, in the workspace as they left it
+    x.flip();
+    conv2d(s, a, serial_executor());
+    got.overwrite(0x99);
+    cuda_on_cpu::replay(first);
+    compare(text(s, o) + "replayed", wanted, got);
+  }
   if (has_law(o.strategy)) {
     Buffer wanted_law(8 * s.batch * laws, 1), got_law(8 * s.batch * laws, 2);
     surrogate_law(s, a, wanted_law.as<float>(), serial_executor());
@@ -129,11 +138,11 @@ void test_layer(const Conv2dShape& s, const Options& o, bool every_tile = true) 
     for (int64_t n = 0; n < s.batch; ++n) {
       again.scale.as<float>()[n] = wanted.scale.as<float>()[n];
       again.zero_point.as<int32_t>()[n] = wanted.zero_point.as<int32_t>()[n];
-      const int64_t columns = stats_columns(s.out_channels, o.channel_stats);
-      for (int64_t i = 0; i < columns; ++i) again.stats.as<int64_t>()[n * columns + i] = 0;
-      if (!valid_scale(wanted.scale.as<float>()[n])) again.stats.as<int64_t>()[n * columns + kStatsClipped] = -1;
     }
-    cuda::launch_dense(s, on_cuda, cuda::LayerOutput::codes, tile, nullptr);
+    cuda::LayerPlan plan{};
+    plan.output = cuda::LayerOutput::codes;
+    plan.parts = cuda::dense_parts(s, o.channel_stats).at(workspace.as<void>());
+    cuda::launch_dense(s, on_cuda, plan, tile, nullptr);
     compare(text(s, o) + names[static_cast<int>(tile)] + " tile", wanted, again);
   }
 }
@@ -163,7 +172,7 @@ void test_pool(const Conv2dShape& s, const Options& o, Pool kind, bool count_inc
   const RangeArguments range{o.strategy, fixed ? given.as<float>() : nullptr, fixed ? 2 : 0};
   LayerOutputs wanted(s, o.channel_stats, 0x11), got(s, o.channel_stats, 0xee);
   const int64_t height = s.out_height(), width = s.out_width();
-  Buffer workspace(cuda::pool_workspace_bytes(s.batch, height, width, s.in_channels, o.strategy), 0xcc);
+  Buffer workspace(cuda::workspace_bytes(s.batch, height * width, s.in_channels, o.channel_stats, kind == Pool::average && !fixed), 0xcc);
   if (adaptive) {
     adaptive_average_pool2d(s.batch, s.in_height, s.in_width, s.in_channels, height, width, x.input(), range, wanted.pointers(), serial_executor());
     cuda::adaptive_average_pool2d(s.batch, s.in_height, s.in_width, s.in_channels, height, width, x.input(), range, got.pointers(), workspace.as<void>(), nullptr);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "codes.h"
+#include "cudart.h"
 #include "memory.h"
 
 namespace {
@@ -73,9 +74,15 @@ void test_add(const Shape& s, const Options& o) {
   const Predictor predictor(o.strategy, 3);
   Outputs wanted(s.samples, s.count(), s.channels, o.channel_stats, 0x11), got(s.samples, s.count(), s.channels, o.channel_stats, 0xee);
   add(a.input(), b.input(), s.samples, s.count(), s.channels, o.lo(), o.hi(), predictor.range, wanted.pointers(), serial_executor());
-  Buffer workspace(cuda::elementwise_workspace_bytes(s.samples, s.count(), s.channels, o.strategy), 0xcc);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions, s.channels, o.channel_stats, o.strategy == Strategy::dynamic), 0xcc);
+  const size_t first = cuda_on_cpu::enqueued().size();
   cuda::add(a.input(), b.input(), s.samples, s.count(), s.channels, o.lo(), o.hi(), predictor.range, got.pointers(), workspace.as<void>(), nullptr);
   compare(text("add", s, o), wanted, got);
+  a.flip();  // once more, as a CUDA graph replays it: on other values, in the workspace as it was left
+  add(a.input(), b.input(), s.samples, s.count(), s.channels, o.lo(), o.hi(), predictor.range, wanted.pointers(), serial_executor());
+  got.overwrite(0x99);
+  cuda_on_cpu::replay(first);
+  compare(text("replayed add", s, o), wanted, got);
 }
 
 void test_mul(const Shape& s, const Options& o, bool per_channel) {
@@ -84,7 +91,7 @@ void test_mul(const Shape& s, const Options& o, bool per_channel) {
   const Predictor predictor(o.strategy, 2);
   Outputs wanted(s.samples, s.count(), s.channels, o.channel_stats, 0x11), got(s.samples, s.count(), s.channels, o.channel_stats, 0xee);
   mul(a.input(), b.input(), s.samples, s.count(), s.channels, per_channel, predictor.range, wanted.pointers(), serial_executor());
-  Buffer workspace(cuda::elementwise_workspace_bytes(s.samples, s.count(), s.channels, o.strategy), 0xcc);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions, s.channels, o.channel_stats, o.strategy == Strategy::dynamic), 0xcc);
   cuda::mul(a.input(), b.input(), s.samples, s.count(), s.channels, per_channel, predictor.range, got.pointers(), workspace.as<void>(), nullptr);
   compare(text(per_channel ? "mul per channel" : "mul", s, o), wanted, got);
 }
@@ -96,7 +103,7 @@ void test_activation(const Shape& s, const Options& o) {
   const Predictor predictor(o.strategy, 0);
   Outputs wanted(s.samples, s.count(), s.channels, o.channel_stats, 0x11), got(s.samples, s.count(), s.channels, o.channel_stats, 0xee);
   activation(x.input(), s.samples, s.count(), s.channels, o.activation, o.lo(), o.hi(), predictor.range, wanted.pointers(), serial_executor());
-  Buffer workspace(cuda::elementwise_workspace_bytes(s.samples, s.count(), s.channels, o.strategy), 0xcc);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions, s.channels, o.channel_stats, o.strategy == Strategy::dynamic), 0xcc);
   cuda::activation(x.input(), s.samples, s.count(), s.channels, o.activation, o.lo(), o.hi(), predictor.range, got.pointers(), workspace.as<void>(), nullptr);
   compare(text("activation", s, o), wanted, got);
 }
@@ -118,7 +125,8 @@ void test_concat(const Shape& s, const std::vector<int64_t>& channels, const Opt
   Outputs wanted(s.samples, s.positions * total, total, o.channel_stats, 0x11), got(s.samples, s.positions * total, total, o.channel_stats, 0xee);
   const auto count = static_cast<int64_t>(channels.size());
   concat(inputs.data(), channels.data(), count, s.samples, s.positions, predictor.range, wanted.pointers(), serial_executor());
-  cuda::concat(inputs.data(), channels.data(), count, s.samples, s.positions, predictor.range, got.pointers(), nullptr);
+  Buffer workspace(cuda::workspace_bytes(s.samples, s.positions, total, o.channel_stats, false), 0xcc);
+  cuda::concat(inputs.data(), channels.data(), count, s.samples, s.positions, predictor.range, got.pointers(), workspace.as<void>(), nullptr);
   compare(text("concat", {s.samples, s.positions, total}, o) + std::to_string(count) + " inputs", wanted, got);
 }
 
@@ -128,7 +136,8 @@ void test_upsample(int64_t batch, int64_t height, int64_t width, int64_t channel
   const int64_t out = height * factor_height * width * factor_width * channels;
   Outputs wanted(batch, out, channels, o.channel_stats, 0x11), got(batch, out, channels, o.channel_stats, 0xee);
   upsample_nearest2d(batch, height, width, channels, factor_height, factor_width, x.input(), wanted.pointers(), serial_executor());
-  cuda::upsample_nearest2d(batch, height, width, channels, factor_height, factor_width, x.input(), got.pointers(), nullptr);
+  Buffer workspace(cuda::workspace_bytes(batch, height * width, channels, o.channel_stats, false), 0xcc);
+  cuda::upsample_nearest2d(batch, height, width, channels, factor_height, factor_width, x.input(), got.pointers(), workspace.as<void>(), nullptr);
   compare(text("upsample", {batch, height * width, channels}, o), wanted, got);
 }
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import CSRC, ORDERS, run
 from test_cuda_static import BUDGETS
 
-# Name, test, file, right text, wrong text. Files of kernels, not headers: one of them is compiled anew per mutant.
+# Name, test, file, right text, wrong text. One file of kernels is compiled anew per mutant: <kernels>:<header> alters a header for it alone.
 MUTANTS = {
     "missing_barrier": ("ops_test", "activation.cu", "  __syncthreads();\n  Range r", "  Range r"),
     "channels_of_the_next_input": ("ops_test", "concat.cu", "channel >= s.channels[input]", "channel > s.channels[input]"),
@@ -19,7 +19,12 @@ MUTANTS = {
     "tiles_without_their_last_stage": ("layers_test", "dense.cu", "if (k_block + depth >= g_.k_blocks) return;", "if (k_block + depth + 1 >= g_.k_blocks) return;"),
     "chunks_beyond_the_row": ("layers_test", "dense.cu", "max_x + dx <= g.row_bytes - min(g.segment_inputs - byte, kChunk) &&", "max_x + dx <= g.row_bytes &&"),
     "columns_without_padding": ("layers_test", "dense.cu", "1u << walk.ky | 1u << (Field", "1u << walk.ky | 0u << (Field"),
-    "prediction_by_the_first_block": ("layers_test", "patch_sums.cu", "&first.count), grid.parts)", "&first.count), 1)"),
+    "prediction_by_any_block": ("layers_test", "patch_sums.cu", "bool last = grid.parts == 1;", "bool last = true;"),
+    "signatures_that_stay": ("kernels_test", "moments.cu:parts.cuh", "    part.signature = 0;\n", ""),
+    "a_part_that_is_not_waited_for": ("ops_test", "pairs.cu:parts.cuh", "int32_t first = count - 1;", "int32_t first = count - 2;"),
+    "parts_of_another_sample": ("layers_test", "dense.cu", "plan_.parts.parts + static_cast<int64_t>(sample) * plan_.parts.count", "plan_.parts.parts"),
+    "ranges_without_the_last_tile": ("layers_test", "dense.cu", "i < plan_.range_count; i += lanes) measured", "i < plan_.range_count - 1; i += lanes) measured"),
+    "channels_of_the_wrong_tile": ("layers_test", "dense.cu", "tile_of(sample)) * g_.out_channels + channel] =", "0) * g_.out_channels + channel] ="),
     "turned_depthwise_taps": ("layers_test", "depthwise.cu", "low23, 0x5410), w.x", "low23, 0x7632), w.x"),
     "keys_beyond_the_last": ("transformers_test", "attention.cu", "exists ? exponential(h, logits[h]) : 0.0f;", "exponential(h, logits[h]);"),
     "lanes_added_in_another_order": ("transformers_test", "attention.cu", "distance = 2; distance > 0; distance /= 2", "distance = 1; distance < 4; distance *= 2"),
@@ -139,11 +144,16 @@ def mutants(build):
     folder = build.root / "mutants"
     with build.lock("mutants"):
         for name, (_, file, right, wrong) in MUTANTS.items():
-            text = (CSRC / "cuda" / file).read_text()
-            assert text.count(right) == 1
+            kernels, _, header = file.partition(":")
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / file).write_text(re.sub(r'#include "(\.\./)?', lambda match: f'#include "{"" if match[1] else "cuda/"}', text.replace(right, wrong)))
-    return lambda name: build(name, MUTANTS=";".join(f"{folder / name / file}:{test}" for name, (test, file, *_) in MUTANTS.items()))
+            for part in filter(None, (kernels, header)):
+                text = (CSRC / "cuda" / part).read_text()
+                if part == (header or kernels):
+                    assert text.count(right) == 1, name
+                    text = text.replace(right, wrong)
+                text = re.sub(r'#include "(\.\./)?', lambda match: f'#include "{"" if match[1] else "cuda/"}', text)
+                (folder / name / part).write_text(text.replace(f'"cuda/{header}"', f'"{header}"') if header else text)
+    return lambda name: build(name, MUTANTS=";".join(f"{folder / name / file.partition(':')[0]}:{test}" for name, (test, file, *_) in MUTANTS.items()))
 
 
 @pytest.mark.full

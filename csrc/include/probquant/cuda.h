@@ -9,12 +9,13 @@
 
 namespace probquant::cuda {
 
-/// Bytes of device memory that quantize needs beside its output: partial ranges, when no parameters are given. It looks at
-/// the sizes only.
-PROBQUANT_API int64_t quantize_workspace_bytes(const FloatView& x, bool parameters_given);
+/// Bytes of device memory that quantize, moments, the ops without weights and pools need beside their output: 32 per thread block, with channel stats
+/// 8 per channel and block in addition, and 8 more per block where an op `measures` its range (quantize without given parameters; add, mul and activation with
+/// the dynamic strategy; average pools that are not fixed). `positions` x `channels` are the values of a sample: of the output, but of the input
+/// for upsample_nearest2d. Workspaces are 8-byte aligned, may hold anything before, and are free again when the stream has passed.
+PROBQUANT_API int64_t workspace_bytes(int64_t samples, int64_t positions, int64_t channels, bool channel_stats, bool measures);
 
-/// As probquant::quantize; `scale` and `zero_point` are device pointers to one value each, or null. `workspace` needs
-/// quantize_workspace_bytes bytes, 8-byte aligned, and is free again when the stream has passed.
+/// As probquant::quantize; `scale` and `zero_point` are device pointers to one value each, or null.
 PROBQUANT_API void quantize(const FloatView& x, const float* scale, const int32_t* zero_point, const QuantizedOutput& y, void* workspace,
                             void* stream);
 
@@ -22,7 +23,7 @@ PROBQUANT_API void quantize(const FloatView& x, const float* scale, const int32_
 PROBQUANT_API void dequantize(const QuantizedInput& x, int64_t samples, int64_t count, DType dtype, void* y, void* stream);
 
 /// As probquant::moments.
-PROBQUANT_API void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats,
+PROBQUANT_API void moments(const uint8_t* q, int64_t samples, int64_t count, int64_t channels, bool channel_stats, int64_t* stats, void* workspace,
                            void* stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -36,11 +37,12 @@ PROBQUANT_API int64_t packed_weight_bytes(const WeightShape& shape);
 PROBQUANT_API void pack_weight(const WeightShape& shape, const int8_t* weight, const float* weight_scale, const float* bias,
                                const float* output_profile, uint8_t* packed, void* stream);
 
-/// Workspace of conv2d and surrogate_law: a few bytes per sample, for the range that the dynamic strategy and the probe find and
-/// for patch sums (gamma > 0).
-PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma);
+/// Workspace of conv2d and surrogate_law: a sector per thread block and sample that it sees, for stats, ranges (dynamic, probe) and patch
+/// sums (gamma > 0), and with channel stats (of y) 8 bytes per output channel and row of blocks.
+PROBQUANT_API int64_t conv2d_workspace_bytes(const Conv2dShape& shape, Strategy strategy, int64_t gamma, bool channel_stats);
 
-/// As probquant::conv2d; the workspace needs conv2d_workspace_bytes bytes, 8-byte aligned. The dynamic strategy runs the layer
+/// As probquant::conv2d; the workspace needs conv2d_workspace_bytes bytes. One launch where y's parameters are given or follow from one
+/// law over the input's stats; two with patch sums, with a law per channel, with the probe and the dynamic strategy. The dynamic strategy runs the layer
 /// twice, the probe a sixteenth of it: no output is ever held in 32 bits. A layer whose output positions, padded rows or receptive field reach 2^31 throws.
 PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, void* stream);
 
@@ -50,10 +52,7 @@ PROBQUANT_API void surrogate_law(const Conv2dShape& shape, const LayerArguments&
 // ---------------------------------------------------------------------------------------------------------------------
 // Ops without weights
 
-/// Workspace of add, mul and activation: partial ranges with the dynamic strategy, nothing with the others.
-PROBQUANT_API int64_t elementwise_workspace_bytes(int64_t samples, int64_t count, int64_t channels, Strategy strategy);
-
-/// As probquant::add; the workspace needs elementwise_workspace_bytes bytes, 8-byte aligned.
+/// As probquant::add; the workspace needs workspace_bytes bytes.
 PROBQUANT_API void add(const QuantizedInput& a, const QuantizedInput& b, int64_t samples, int64_t count, int64_t channels, float activation_min,
                        float activation_max, const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
 
@@ -67,19 +66,16 @@ PROBQUANT_API void activation(const QuantizedInput& x, int64_t samples, int64_t 
 
 /// As probquant::concat; `inputs` and `channels` are host arrays. More than 64 inputs throw.
 PROBQUANT_API void concat(const QuantizedInput* inputs, const int64_t* channels, int64_t input_count, int64_t samples, int64_t positions,
-                          const RangeArguments& range, const QuantizedOutput& y, void* stream);
+                          const RangeArguments& range, const QuantizedOutput& y, void* workspace, void* stream);
 
 /// As probquant::upsample_nearest2d.
 PROBQUANT_API void upsample_nearest2d(int64_t batch, int64_t in_height, int64_t in_width, int64_t channels, int64_t factor_height, int64_t factor_width,
-                                      const QuantizedInput& x, const QuantizedOutput& y, void* stream);
+                                      const QuantizedInput& x, const QuantizedOutput& y, void* workspace, void* stream);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Pools
 
-/// Workspace of an average pool with this output: partial ranges, unless its parameters are fixed.
-PROBQUANT_API int64_t pool_workspace_bytes(int64_t batch, int64_t out_height, int64_t out_width, int64_t channels, Strategy strategy);
-
-/// As probquant::pool2d. An average pool's workspace needs pool_workspace_bytes bytes, 8-byte aligned; a max pool needs none.
+/// As probquant::pool2d, with the workspace of add.
 PROBQUANT_API void pool2d(Pool kind, const Conv2dShape& shape, bool count_include_pad, const QuantizedInput& x, const RangeArguments& range,
                           const QuantizedOutput& y, void* workspace, void* stream);
 

@@ -34,6 +34,15 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, CUDA_ON_CPU_SITE) {
   return value;
 }
 
+inline bool __all_sync(uint32_t mask, bool value, CUDA_ON_CPU_SITE) { return ::cuda_on_cpu::ballot(mask, value, site) == mask; }
+inline bool __any_sync(uint32_t mask, bool value, CUDA_ON_CPU_SITE) { return ::cuda_on_cpu::ballot(mask, value, site) != 0; }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, CUDA_ON_CPU_SITE) { ::cuda_on_cpu::warp_barrier(mask, site); }
+
+inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long wanted, unsigned long long value) {
+  __atomic_compare_exchange_n(at, &wanted, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return wanted;
+}
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 
 inline unsigned atomicMax(unsigned* at, unsigned value) {
@@ -149,5 +158,5 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const std::tuple<Parameters...> values(arguments...);
   return static_cast<cudaError_t>(::cuda_on_cpu::launch("kernel", reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, 1024, 0,
-                                                        config->dynamicSmemBytes, config->stream, [&] { std::apply(kernel, values); }));
+                                                        config->dynamicSmemBytes, config->stream, [=] { std::apply(kernel, values); }));
 }
