@@ -283,6 +283,30 @@ def test_layers_in_a_cuda_graph_on_another_stream(strategy):
         assert_same_bytes(wanted, got)
 
 
+def test_graphs_replay_side_by_side():
+    """Two graphs, captured on one stream, replay on two others at once: what blocks leave for the last one to add up belongs to one launch."""
+    rng = torch.Generator().manual_seed(8)
+    layers = [layer_arguments("GAUSSIAN", rng) for _ in range(2)]
+    wanted, graphs, got, keep = [], [], [], []
+    for x, constants, sizes in layers:
+        wanted.append(ops.conv2d(*x, ops.pack_weight(*constants), *sizes))
+        on_device, packed, sizes = on_cuda(x), ops.pack_weight(*on_cuda(constants)), on_cuda(sizes)
+        keep.append((on_device, packed, sizes))
+        ops.conv2d(*on_device, packed, *sizes)  # loads the kernels, which a capture may not
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            got.append(ops.conv2d(*on_device, packed, *sizes))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(200):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for on_cpu, on_gpu in zip(wanted, got, strict=True):
+        assert_same_bytes(on_cpu, on_gpu)
+
+
 def test_on_every_device():
     for index in range(torch.cuda.device_count()):
         x = noise((2, 3, 9, 9), torch.float32, index)

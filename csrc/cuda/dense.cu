@@ -507,7 +507,8 @@ class Dense {
         for (int32_t i = part_of(sample) + (lane + 1) * columns(); i < plan_.range_count; i += lanes * columns()) to[i] = {kInfinity, -kInfinity};
       return;
     }
-    Sum sums[kStatsSample] = {seen[kStatsSum], seen[kStatsSquares], seen[kStatsClipped]};
+    Sum sums[kStatsSample] = {};
+    if (lane == 0) sums[kStatsSum] = seen[kStatsSum], sums[kStatsSquares] = seen[kStatsSquares], sums[kStatsClipped] = seen[kStatsClipped];
     bool last = count == 1;
     if (!last) {
       Part* const of_sample = plan_.parts.parts + static_cast<int64_t>(sample) * plan_.parts.count;

@@ -11,7 +11,8 @@
 // workspace, as it comes from the allocator. What it holds has the signature of no launch of the process: those are all different. Of
 // anything else 8 bytes are the signature, a 64-bit random number, once in 2^64, and it takes a part whose block is the last to come.
 //
-// Most blocks look at one batch of signatures, of the blocks that start last, and go.
+// Most blocks look at one batch of signatures, of the blocks that start last, and go: 8 bytes of a sector each, from L2. Parts are sectors all
+// the same, so that leaving one is a single write and the last block reads whole ones.
 #pragma once
 #include "reduce.cuh"
 
