@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) activation_kernel(const Partit
 
 }  // namespace
 
-void launch_activation(const Partition& p, const ActivationArguments& s, const float* fixed, Range* partials, const QuantizedOutput& y, const Parts& parts, void* stream) {
+void launch_activation(const Partition& p, const ActivationArguments& s, const float* fixed, Range* partials, const QuantizedOutput& y,
+                       const Parts& parts, void* stream) {
   const LaunchSize size{p.blocks(), p.threads};
   if (fixed == nullptr && partials != nullptr) launch("activation", activation_range_kernel, size, stream, p, s, partials);
   launch("activation", activation_kernel, size, stream, p, s, fixed, partials, y, parts);

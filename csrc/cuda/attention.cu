@@ -320,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, 3) attention_kernel(const AttentionL
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
-    attention_rows_kernel(const AttentionLayout s, const float* query_scale, const float* key_scale, const float* value_scale, const float* fixed, uint8_t* workspace,
-                          const QuantizedOutput y) {
+    attention_rows_kernel(const AttentionLayout s, const float* query_scale, const float* key_scale, const float* value_scale, const float* fixed,
+                          uint8_t* workspace, const QuantizedOutput y) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const auto channels = static_cast<int32_t>(s.channels());
   if (row >= s.batch * s.queries) return;

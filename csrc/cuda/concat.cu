@@ -25,7 +25,8 @@ __device__ QParams concat_qparams(const ConcatArguments& s, int64_t sample, cons
   return all.qparams(first, fixed);
 }
 
-__global__ void __launch_bounds__(kMaxThreads) concat_kernel(const Partition p, const ConcatArguments s, const float* fixed, const QuantizedOutput y, const Parts parts) {
+__global__ void __launch_bounds__(kMaxThreads) concat_kernel(const Partition p, const ConcatArguments s, const float* fixed, const QuantizedOutput y,
+                                                             const Parts parts) {
   const Place place(p);
   bool valid;
   const QParams qparams = concat_qparams(s, place.sample, fixed, valid);

@@ -167,7 +167,8 @@ class Dense {
   static constexpr int kPassRows = Tile::kRows < 64 ? Tile::kRows : 64;
   static constexpr int kAccumulatorBytes = kSlices * kPassRows * kPitch * 4;
   static_assert(kAccumulatorBytes + Tile::kRows * static_cast<int>(sizeof(TileRow) + sizeof(TileSample)) <= Tile::kSharedBytes, "the epilogue reuses the stages");
-  static_assert(Tile::kRows * Tile::kColumns * 255 * 255 < int64_t{1} << 32 && Tile::kColumns <= kThreads, "a tile's squares of codes are summed in 32 bits, a channel by a thread");
+  static_assert(Tile::kRows * Tile::kColumns * 255 * 255 < int64_t{1} << 32 && Tile::kColumns <= kThreads,
+                "a tile's squares of codes are summed in 32 bits, a channel by a thread");
   static_assert(kChunkRows % 8 == 0 && kUnitRows % 8 == 0, "a thread's chunks are swizzled alike");
 
  public:
@@ -492,7 +493,8 @@ class Dense {
     if (s < 0) return;
     const int32_t sample = first_sample_ + s, channel = group_ * g_.group_channels + column_tile_ * Tile::kColumns + static_cast<int32_t>(threadIdx.x);
     if (row_tiles(sample) == 1) write_channel(stats_row(a_.y, sample, g_.out_channels), g_.out_channels, channel, seen.sum, seen.squares);
-    else const_cast<volatile uint64_t*>(channel_parts(sample))[static_cast<int64_t>(tile_of(sample)) * g_.out_channels + channel] = pack_moments(seen.sum, seen.squares);
+    else
+      const_cast<volatile uint64_t*>(channel_parts(sample))[static_cast<int64_t>(tile_of(sample)) * g_.out_channels + channel] = pack_moments(seen.sum, seen.squares);
     seen = Moments{};
   }
 

@@ -88,7 +88,8 @@ void predict(const char* op, const Conv2dShape& s, const LayerArguments& a, floa
 }
 
 PartsLayout layer_parts(const Conv2dShape& s, bool depthwise, bool channel_stats) {
-  return depthwise ? parts_layout(depthwise_partition(s, s.out_height() * s.out_width(), channel_stats), s.out_channels, channel_stats) : dense_parts(s, channel_stats);
+  if (!depthwise) return dense_parts(s, channel_stats);
+  return parts_layout(depthwise_partition(s, s.out_height() * s.out_width(), channel_stats), s.out_channels, channel_stats);
 }
 
 /// Ranges per sample that a first launch measures, with any tile.
@@ -147,7 +148,8 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, void* str
   plan.output = LayerOutput::floats;
   if (a.strategy == Strategy::none) return run(plan);
   const PartsLayout parts = layer_parts(s, layout.depthwise, a.y.channel_stats);
-  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy, a.gamma, a.y.channel_stats) == 0, "conv2d: workspace is null, want conv2d_workspace_bytes bytes");
+  require(a.workspace != nullptr || conv2d_workspace_bytes(shape, a.strategy, a.gamma, a.y.channel_stats) == 0,
+          "conv2d: workspace is null, want conv2d_workspace_bytes bytes");
   require(parts.count <= kMax32, "conv2d: ", parts.count, " parts of a sample, CUDA kernels take fewer than 2^31");
   plan.parts = parts.at(a.workspace);
   a.workspace = static_cast<uint8_t*>(a.workspace) + parts.bytes();

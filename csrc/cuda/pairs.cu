@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kMaxThreads) pair_range_kernel(const Partition
 
 template <class Function>
 __global__ void __launch_bounds__(kMaxThreads, 4)
-    pair_kernel(const Partition p, const PairArguments s, const Strategy strategy, const float* predictor, const Range* partials, const QuantizedOutput y, const Parts parts) {
+    pair_kernel(const Partition p, const PairArguments s, const Strategy strategy, const float* predictor, const Range* partials, const QuantizedOutput y,
+                const Parts parts) {
   __shared__ QParams predicted;  // by one thread: a law is in double, which many GPUs have a 64th of float32's units for
   const int64_t sample = blockIdx.x / static_cast<uint32_t>(p.blocks_per_sample());
   SampleEpilogue e = Function::inputs(s, sample);
@@ -107,11 +108,13 @@ void launch_pairs(const char* op, const Partition& p, const PairArguments& s, St
 
 }  // namespace
 
-void launch_add(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, const Parts& parts, void* stream) {
+void launch_add(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y,
+                const Parts& parts, void* stream) {
   launch_pairs<Add>("add", p, s, strategy, predictor, partials, y, parts, stream);
 }
 
-void launch_mul(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y, const Parts& parts, void* stream) {
+void launch_mul(const Partition& p, const PairArguments& s, Strategy strategy, const float* predictor, Range* partials, const QuantizedOutput& y,
+                const Parts& parts, void* stream) {
   launch_pairs<Mul>("mul", p, s, strategy, predictor, partials, y, parts, stream);
 }
 

@@ -72,7 +72,8 @@ __device__ FieldSums sum_fields(const Conv2dShape& s, const PatchGrid& grid, con
       const auto add = [](uint32_t a, uint32_t b) { return a + b; };
       codes = warp_reduce(codes, add), squared = warp_reduce(squared, add);
     }
-    if (group < s.groups && (group_per_lane || lane == 0)) add_field(sums, codes, squared, int64_t{rows.end - rows.begin} * (columns.end - columns.begin) * inputs, zero_point);
+    if (group < s.groups && (group_per_lane || lane == 0))
+      add_field(sums, codes, squared, int64_t{rows.end - rows.begin} * (columns.end - columns.begin) * inputs, zero_point);
   }
   return sums;
 }
@@ -80,7 +81,8 @@ __device__ FieldSums sum_fields(const Conv2dShape& s, const PatchGrid& grid, con
 /// The grid is [batch][parts] blocks, a sample's warps are [units][chunks]. Writes laws, or y's parameters where that is null.
 template <bool group_per_lane>
 __global__ void __launch_bounds__(kThreads, 3)
-    patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const PredictProblem p, const LayerArguments a, FieldSums* of_groups, const Parts parts, float* laws) {
+    patch_sums_kernel(const Conv2dShape s, const PatchGrid grid, const PredictProblem p, const LayerArguments a, FieldSums* of_groups,
+                      const Parts parts, float* laws) {
   __shared__ Sum of_warp[3][kWarps];
   __shared__ SampledFields sampled;
   __shared__ bool taken;
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   const auto add = [](Sum a, Sum b) { return a + b; };
-  const Sum totals[3] = {warp_reduce(static_cast<Sum>(mine.sum), add), warp_reduce(static_cast<Sum>(mine.squares), add), warp_reduce(static_cast<Sum>(mine.sum_of_squared), add)};
+  const Sum totals[3] = {warp_reduce(static_cast<Sum>(mine.sum), add), warp_reduce(static_cast<Sum>(mine.squares), add),
+                         warp_reduce(static_cast<Sum>(mine.sum_of_squared), add)};
   if (lane == 0)
     for (int i = 0; i < 3; ++i) of_warp[i][threadIdx.x / 32] = totals[i];
   __syncthreads();
@@ -153,8 +156,8 @@ void launch_patch_sums(const Conv2dShape& s, const PredictProblem& problem, cons
   const PatchGrid grid = patch_grid(s, a.gamma, problem.sums_per_group);
   const PartsLayout layout = parts_of(s, grid);
   auto* of_groups = problem.sums_per_group ? reinterpret_cast<FieldSums*>(static_cast<uint8_t*>(a.workspace) + layout.bytes()) : nullptr;
-  launch(laws == nullptr ? "conv2d" : "surrogate_law", has_group_per_lane(s) ? patch_sums_kernel<true> : patch_sums_kernel<false>, {s.batch * grid.parts, kThreads}, stream, s,
-         grid, problem, a, of_groups, layout.at(a.workspace), laws);
+  launch(laws == nullptr ? "conv2d" : "surrogate_law", has_group_per_lane(s) ? patch_sums_kernel<true> : patch_sums_kernel<false>,
+         {s.batch * grid.parts, kThreads}, stream, s, grid, problem, a, of_groups, layout.at(a.workspace), laws);
 }
 
 }  // namespace probquant::cuda

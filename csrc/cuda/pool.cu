@@ -10,7 +10,8 @@
 namespace probquant::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kMaxThreads) max_pool_kernel(const Partition p, const MaxPool s, const QuantizedInput x, const QuantizedOutput y, const Parts parts) {
+__global__ void __launch_bounds__(kMaxThreads) max_pool_kernel(const Partition p, const MaxPool s, const QuantizedInput x, const QuantizedOutput y,
+                                                               const Parts parts) {
   const Place place(p);
   const float scale = x.scale[place.sample];
   const bool valid = valid_scale(scale);

@@ -110,7 +110,8 @@ Tensor dequantize(const Tensor& x, const Tensor& x_scale, const Tensor& x_zero_p
 Tensor moments(const Tensor& q, int64_t sample_dims, bool channel_stats) {
   const stable::DeviceGuard guard(q.device_index());
   MomentsArguments a = moments_arguments(q, sample_dims, channel_stats);
-  const Tensor workspace = stable::empty({a.channels > 0 ? cuda::workspace_bytes(a.samples, a.count / a.channels, a.channels, channel_stats, false) : 0}, codes().uint8, q);
+  const int64_t bytes = a.channels > 0 ? cuda::workspace_bytes(a.samples, a.count / a.channels, a.channels, channel_stats, false) : 0;
+  const Tensor workspace = stable::empty({bytes}, codes().uint8, q);
   cuda::moments(a.q, a.samples, a.count, a.channels, channel_stats, a.stats.data<int64_t>(), workspace.data(), stable::current_cuda_stream(q.device_index()));
   return std::move(a.stats);
 }

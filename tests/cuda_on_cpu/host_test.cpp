@@ -100,7 +100,8 @@ struct Layer {
   void* const stream = reinterpret_cast<void*>(0x5eed);
 
   explicit Layer(bool one_field = false, int groups = 1) {
-    shape.batch = 2, shape.in_height = shape.in_width = one_field ? 1 : 6, shape.in_channels = 5, shape.out_channels = groups == 1 ? 7 : groups, shape.groups = groups;
+    shape.batch = 2, shape.in_height = shape.in_width = one_field ? 1 : 6, shape.in_channels = 5;
+    shape.out_channels = groups == 1 ? 7 : groups, shape.groups = groups;
     shape.kernel_height = shape.kernel_width = one_field ? 1 : 3;
     const int64_t inputs = shape.in_height * shape.in_width * shape.in_channels, outputs = shape.out_height() * shape.out_width() * shape.out_channels;
     auto* packed = device_memory<uint8_t>(cuda::packed_weight_bytes(weight_shape(shape)));
@@ -152,7 +153,8 @@ void test_layer_launches() {
   for (const int groups : {1, 5}) {  // dense and depthwise
     Layer layer(false, groups), one_field(true, groups);
     for (const auto& c : cases) {
-      const std::string what = "strategy " + std::to_string(static_cast<int>(c.strategy)) + ", gamma " + std::to_string(c.gamma) + ", groups " + std::to_string(groups) + ": ";
+      const std::string what = "strategy " + std::to_string(static_cast<int>(c.strategy)) +
+                               ", gamma " + std::to_string(c.gamma) + ", groups " + std::to_string(groups) + ": ";
       const size_t got = launches(layer, c.strategy, c.gamma), of_one_field = launches(one_field, c.strategy, c.gamma);
       expect(got == c.wanted, what + std::to_string(got) + " launches, wanted " + std::to_string(c.wanted));
       const size_t wanted = groups == 1 ? c.of_one_field : c.wanted;  // with groups there is a field for each
@@ -204,7 +206,8 @@ void test_arguments() {
   expect_error("activation: workspace is null", false, [&] { p.activation(); });
   const std::vector<QuantizedInput> many(65, p.q);
   const std::vector<int64_t> channels(65, 1);
-  expect_error("65 inputs, CUDA kernels take at most 64", false, [&] { cuda::concat(many.data(), channels.data(), 65, 1, 1, p.dynamic, p.y, p.workspace, p.stream); });
+  expect_error("65 inputs, CUDA kernels take at most 64", false,
+               [&] { cuda::concat(many.data(), channels.data(), 65, 1, 1, p.dynamic, p.y, p.workspace, p.stream); });
   p.misalignment = 8;
   expect_error("workspace must be aligned to 16 bytes", false, [&] { p.attention(); });
   p.operands = nullptr;
