@@ -482,7 +482,8 @@ class DenseDriver {
       __builtin_memcpy(copy, x, static_cast<size_t>(piece));
     } else {
       __builtin_memset(copy, zero_point, static_cast<size_t>(piece));
-      for (int64_t kx = lo; kx < hi; ++kx) __builtin_memcpy(copy + kx * layout.inputs, x + kx * tap_x, static_cast<size_t>(layout.inputs));
+      if (contiguous) __builtin_memcpy(copy + lo * layout.inputs, x + lo * layout.inputs, static_cast<size_t>((hi - lo) * layout.inputs));
+      else for (int64_t kx = lo; kx < hi; ++kx) __builtin_memcpy(copy + kx * layout.inputs, x + kx * tap_x, static_cast<size_t>(layout.inputs));
     }
     return copy;
   }

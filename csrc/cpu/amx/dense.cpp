@@ -32,37 +32,6 @@ constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 constexpr int64_t kSegmentsApart = 3;  ///< kernel rows of a few bytes that are tiles of their own
 
-/// Codes of rows from their sums in memory, a few rows at a time.
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
-struct RowsFromMemory {
-  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to;
-  const int32_t* sums;
-
-  template <int kRows>
-  __attribute__((always_inline)) void next() {
-    __m512i acc[kRows][kBlocks];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(sums + (i * kBlocks + j) * kBlockChannels);
-    to.template rows<0>(acc);
-    to.skip(kRows);
-    sums += kRows * kBlocks * kBlockChannels;
-  }
-};
-
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
-__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
-  RowsFromMemory<kOneSample, kResidual, kClamp, kBlocks> from{{out, block_bytes}, sums};
-  int left = rows;
-  for (; left >= 4; left -= 4) from.template next<4>();
-  if (left == 3) from.template next<3>();
-  else if (left == 2) from.template next<2>();
-  else if (left == 1) from.template next<1>();
-  from.to.finish(rows);
-}
-
-using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
 /// [blocks - 1]
 template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};

@@ -2,12 +2,17 @@
 //
 // Register tile: 6 rows x 4 blocks of 16 channels, 8 x 3 and 12 x 2 for what is narrower: 24 accumulators, 4 (3, 2)
 // weights and a broadcast activation of 32 registers. A step (4 inputs) is 24 vpdpbusd on 10 (11, 14) loads: 12 clocks
-// where two of each run at once. Accumulators start at the zero point's correction, and vpdpbusd takes unsigned
-// activations and signed weights as they are, so nothing else is in the loop.
+// where two of each run at once, of which the loop loses 1 to 3 %. Accumulators start at the zero point's correction, and vpdpbusd takes
+// unsigned activations and signed weights as they are, so nothing else is in the loop.
 // L1: a panel's weights stream through, 256 (192, 128) bytes per step, past the tile's rows of x; when they exceed L1, they
-// come from L2 at 21 (24, 11) bytes per clock. dense_driver.h has the order of the loops and the budget of L2.
+// come from L2 at 21 (24, 11) bytes per clock. dense_driver.h has the order of the loops and the budget of L2. The next panel's weights are
+// prefetched into L2 beside the products, 128 bytes per 4 steps: 2.7 bytes per clock, where L3 gives 8.
 //
+// The driver's tile is several register tiles of the same panel, one after the other. They leave their sums in memory (6 KB, in L1; stores
+// and loads take no part in what the products wait for), and one epilogue finishes them all: what a tile costs besides, its walk, its
+// constants, its calls, about 100 clocks, comes once for 24 rows, and the epilogues are a few functions instead of one per register tile.
 // The epilogue takes 24 (behind a ReLU) to 28 vector instructions per 64 outputs, moments and clip counts included: see dense_epilogue.h.
+#define PROBQUANT_TILE_ROWS 24
 #include "dense_epilogue.h"
 
 namespace probquant {
@@ -15,6 +20,9 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Register tiles
+
+constexpr int kStreamingRows = 2;         ///< tiles of so few rows wait for their weights,
+constexpr int64_t kStreamedAhead = 1024;  ///< which they prefetch so many bytes ahead
 
 /// Rows whose pointers stay in registers; the others' are loaded in every step. Left to itself, GCC keeps those in vector
 /// registers, and every address then waits for the vector units.
@@ -40,7 +48,10 @@ __attribute__((always_inline)) inline void step(__m512i (&acc)[kRows][kBlocks], 
                                                 const uint8_t* weights, int64_t block_bytes) {
   __m512i w[kBlocks];
 #pragma GCC unroll 4
-  for (int j = 0; j < kBlocks; ++j) w[j] = _mm512_loadu_si512(weights + j * block_bytes);
+  for (int j = 0; j < kBlocks; ++j) {
+    w[j] = _mm512_loadu_si512(weights + j * block_bytes);
+    if (kRows <= kStreamingRows) __builtin_prefetch(weights + j * block_bytes + kStreamedAhead);
+  }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
     __m512i v;
@@ -74,8 +85,11 @@ __attribute__((always_inline)) inline void start(const TileInput& in, __m512i (&
     for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(in.partial + (i * kBlocks + j) * kBlockChannels);
 }
 
+/// Computes the accumulators of a register tile and stores them, [blocks * 16] per row. `ahead` bytes from these weights lie others, of
+/// which every 4 steps bring 2 lines to L2.
 template <int kRows, int kBlocks>
-__attribute__((always_inline)) inline void multiply(const TileInput& in, __m512i (&acc)[kRows][kBlocks]) {
+__attribute__((noinline)) void multiply(const TileInput& in, int64_t ahead, int32_t* out) {
+  __m512i acc[kRows][kBlocks];
   start(in, acc);
   for (int s = 0; s < in.segment_count; ++s) {
     const TileInput* again = &in;  // read anew for every segment, rather than kept where the pointers should be
@@ -97,101 +111,131 @@ __attribute__((always_inline)) inline void multiply(const TileInput& in, __m512i
       step<4>(acc, x, x_memory, at, w + kStreamBytes, block_bytes);
       step<8>(acc, x, x_memory, at, w + 2 * kStreamBytes, block_bytes);
       step<12>(acc, x, x_memory, at, w + 3 * kStreamBytes, block_bytes);
+      if (kRows > kStreamingRows) {
+        __builtin_prefetch(w + ahead, 0, 2);
+        __builtin_prefetch(w + ahead + kStreamBytes, 0, 2);
+      }
     }
     for (; at < end; at += 4, w += kStreamBytes) step<0>(acc, x, x_memory, at, w, block_bytes);
   }
-}
-
-/// Stores the accumulators, [blocks * 16] per row.
-template <int kRows, int kBlocks>
-__attribute__((noinline)) void tile_accumulators(const TileInput& in, int32_t* out) {
-  __m512i acc[kRows][kBlocks];
-  multiply(in, acc);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kBlocks; ++j) _mm512_storeu_si512(out + (i * kBlocks + j) * kBlockChannels, acc[i][j]);
 }
 
-template <bool kOneSample, bool kResidual, Clamp kClamp, int kRows, int kBlocks>
-__attribute__((always_inline)) inline void requantize_tile(const TileOutput& out, int64_t block_bytes, const __m512i (&acc)[kRows][kBlocks]) {
-  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to(out, block_bytes);
-  to.template rows<0>(acc);
-  if constexpr (kRows > 4) to.template rows<4>(acc);
-  if constexpr (kRows > 8) to.template rows<8>(acc);
-  to.finish(kRows);
-}
-
-/// Requantizes at once; the samples are plain.
-template <int kRows, int kBlocks>
-__attribute__((noinline)) void tile_codes(const TileInput& in, const TileOutput& out) {
-  __m512i acc[kRows][kBlocks];
-  multiply(in, acc);
-  if (!out.residual && out.samples[0]->relu) requantize_tile<true, false, Clamp::relu>(out, in.block_bytes, acc);
-  else if (!out.residual && out.samples[0]->open) requantize_tile<true, false, Clamp::open>(out, in.block_bytes, acc);
-  else requantize_tile<true, true, Clamp::any>(out, in.block_bytes, acc);
-}
-template <int kRows, int kBlocks>
-__attribute__((noinline)) void tile_codes_of_samples(const TileInput& in, const TileOutput& out) {
-  __m512i acc[kRows][kBlocks];
-  multiply(in, acc);
-  requantize_tile<false, true, Clamp::any>(out, in.block_bytes, acc);
-}
-
-using AccumulatorsTile = void (*)(const TileInput&, int32_t*);
-using CodesTile = void (*)(const TileInput&, const TileOutput&);
-
-#define PROBQUANT_TILES_6(tile, blocks) tile<1, blocks>, tile<2, blocks>, tile<3, blocks>, tile<4, blocks>, tile<5, blocks>, tile<6, blocks>
-#define PROBQUANT_TILES_8(tile, blocks) PROBQUANT_TILES_6(tile, blocks), tile<7, blocks>, tile<8, blocks>
-#define PROBQUANT_TILES_12(tile, blocks) PROBQUANT_TILES_8(tile, blocks), tile<9, blocks>, tile<10, blocks>, tile<11, blocks>, tile<12, blocks>
+using RegisterTile = void (*)(const TileInput&, int64_t ahead, int32_t*);
+#define PROBQUANT_TILES_6(blocks) multiply<1, blocks>, multiply<2, blocks>, multiply<3, blocks>, multiply<4, blocks>, multiply<5, blocks>, multiply<6, blocks>
+#define PROBQUANT_TILES_8(blocks) PROBQUANT_TILES_6(blocks), multiply<7, blocks>, multiply<8, blocks>
+#define PROBQUANT_TILES_12(blocks) PROBQUANT_TILES_8(blocks), multiply<9, blocks>, multiply<10, blocks>, multiply<11, blocks>, multiply<12, blocks>
 /// [blocks - 1][rows - 1]
-constexpr AccumulatorsTile kAccumulatorsTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_accumulators, 1)}, {PROBQUANT_TILES_12(tile_accumulators, 2)},
-    {PROBQUANT_TILES_8(tile_accumulators, 3)}, {PROBQUANT_TILES_6(tile_accumulators, 4)}};
-constexpr CodesTile kCodesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes, 1)}, {PROBQUANT_TILES_12(tile_codes, 2)},
-    {PROBQUANT_TILES_8(tile_codes, 3)}, {PROBQUANT_TILES_6(tile_codes, 4)}};
-constexpr CodesTile kCodesOfSamplesTiles[kPanelBlocks][kTileRows] = {
-    {PROBQUANT_TILES_12(tile_codes_of_samples, 1)}, {PROBQUANT_TILES_12(tile_codes_of_samples, 2)},
-    {PROBQUANT_TILES_8(tile_codes_of_samples, 3)}, {PROBQUANT_TILES_6(tile_codes_of_samples, 4)}};
+constexpr RegisterTile kRegisterTiles[kPanelBlocks][12] = {{PROBQUANT_TILES_12(1)}, {PROBQUANT_TILES_12(2)}, {PROBQUANT_TILES_8(3)}, {PROBQUANT_TILES_6(4)}};
+constexpr int kRegisterRows[kPanelBlocks] = {12, 12, 8, 6};
 
-/// Runs the layer: chooses the register tile.
+/// [blocks - 1]
+template <bool kOneSample, bool kResidual, Clamp kClamp>
+constexpr RowsEpilogue kRowsEpilogues[kPanelBlocks] = {
+    requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>,
+    requantize_rows<kOneSample, kResidual, kClamp, 3>, requantize_rows<kOneSample, kResidual, kClamp, 4>};
+
+/// Runs the layer: chooses the register tiles.
 class DenseKernel : public DenseEpilogue {
  public:
-  static constexpr bool kPrefetches = false;    ///< the next panel's weights, by itself
+  static constexpr bool kPrefetches = true;
   static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
   static constexpr int64_t weights_in_cache = 256 << 10;
   static constexpr int64_t kInputInCache = 640 << 10;
-  static int64_t max_rows(int64_t blocks) { return blocks >= 4 ? 6 : blocks == 3 ? 8 : 12; }
+  static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
 
   using DenseEpilogue::DenseEpilogue;
 
+  /// The next blocks come after these, unless these are all.
+  void start_weights(const uint8_t* block, int64_t blocks, int64_t) {
+    const int64_t bytes = blocks * p.layout.block_bytes;
+    next_panel = blocks <= kPanelBlocks && block + bytes < p.packed_weight + p.layout.trailer_offset() ? bytes : 0;
+    next_parts = next_panel ? 2 * blocks : 0;
+  }
+
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
     int32_t* const sums = held ? held : driver.partial;
-    const auto compute = [&](const TileInput& in, bool last) {
-      if (!last || !at_once) return kAccumulatorsTiles[panel.blocks - 1][tile.rows - 1](in, last ? sums : driver.partial);
-      const TileOutput out{panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, tile.row, channels, p.y + panel.channel,
-                           p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
-      (tile.one_sample ? kCodesTiles : kCodesOfSamplesTiles)[panel.blocks - 1][tile.rows - 1](in, out);
-    };
-    if (output == Output::codes && held) {
-      if (at_once) compute(known_sums(panel, sums, p.layout.block_bytes), true);
-    } else {
-      driver.accumulate(tile, panel, compute);
-    }
+    if (!(output == Output::codes && held)) driver.accumulate(tile, panel, [&](TileInput& in, bool last) { multiply(in, tile.rows, panel, last ? sums : driver.partial); });
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
     if (output == Output::range) return widen_ranges({tile.rows, tile.one_sample, tile.row, tile.sample}, panel, sums);
-    if (!at_once) finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
+    if (at_once) {
+      const TileOutput out{panel.block, tile.one_sample ? panel_constants(panel) : nullptr, panel.channels, tile.row, channels, p.y + panel.channel,
+                           p.residual ? p.residual + panel.channel : nullptr, samples, &current, row_counters};
+      rows_epilogue(tile.one_sample)[panel.blocks - 1](out, p.layout.block_bytes, sums, tile.rows);
+    } else {
+      finish(tile.row, tile.sample, tile.rows, sums, panel.blocks * kBlockChannels, panel);
+    }
     if (p.channel_stats && output == Output::codes) add_channel_stats(tile.row, tile.sample, tile.rows, panel);
   }
 
  private:
-  /// Sums that are held, as what a register tile goes on from.
-  static TileInput known_sums(const Panel& panel, const int32_t* sums, int64_t block_bytes) {
-    static constexpr int32_t zero = 0;
-    return {nullptr, 0, nullptr, 0, nullptr, block_bytes, panel.block + offsetof(BlockHeader, weight_sum), block_bytes, &zero, true, sums};
+  const RowsEpilogue* rows_epilogue(bool one_sample) const {
+    if (!one_sample) return kRowsEpilogues<false, true, Clamp::any>;
+    if (p.residual) return samples[0]->relu ? kRowsEpilogues<true, true, Clamp::relu> : kRowsEpilogues<true, true, Clamp::any>;
+    return samples[0]->relu ? kRowsEpilogues<true, false, Clamp::relu> : samples[0]->open ? kRowsEpilogues<true, false, Clamp::open> : kRowsEpilogues<true, false, Clamp::any>;
   }
+
+  /// Register tiles one after the other. They read `in` itself, changed on the way, and not a copy, whose loads wait for the stores before.
+  void multiply(TileInput& in, int rows, const Panel& panel, int32_t* out) {
+    const TileInput whole = in;
+    if (in.segment_count >= kManySegments && in.segments[0].steps <= kShortSteps) join(in, rows);
+    const int most = kRegisterRows[panel.blocks - 1], parts = (rows + most - 1) / most;
+    for (int i = 0, row = 0; i < parts; ++i) {
+      const int end = rows * (i + 1) / parts, count = end - row;
+      int64_t ahead = 0;
+      if (next_parts) {  // every other two lines of a block
+        --next_parts;
+        ahead = next_panel + next_parts / 2 * p.layout.block_bytes + next_parts % 2 * 2 * kStreamBytes;
+      }
+      kRegisterTiles[panel.blocks - 1][count - 1](in, ahead, out);
+      const int64_t done = count * panel.blocks * kBlockChannels;
+      out += done;
+      in.rows += count;
+      if (!in.one_zero_point) in.zero_points += count;
+      if (in.partial) in.partial += done;
+      row = end;
+    }
+    in = whole;
+  }
+
+  /// Many short segments that follow each other in the weights are copied to follow each other in x: the pointers of one take as long as its products.
+  void join(TileInput& in, int rows) {
+    const int64_t steps = in.segments[0].steps, total = steps * in.segment_count;
+    if (total * 4 > kJoinedBytes) return;
+    for (int s = 1; s < in.segment_count; ++s)
+      if (in.segments[s].steps != steps || in.segments[s].weight_offset != in.segments[0].weight_offset + s * steps * kStreamBytes) return;
+    const __mmask16 lanes = first_lanes16(steps);
+    const __mmask32 bytes = static_cast<__mmask32>(first_lanes64(4 * steps));
+    const Segment *const first = in.segments, *const end = first + in.segment_count;
+    const int64_t row_step = in.row_step;
+    for (int i = 0; i < rows; ++i) {
+      uint8_t* to = joined_rows[i] = joined + i * (kJoinedBytes + 64);
+      const uint8_t* const* row = in.rows + i;
+      for (const Segment* segment = first; segment != end; ++segment, to += 4 * steps, row += row_step) {
+        const uint8_t* const from = *row + segment->x_offset;
+        if (steps <= 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi8(bytes, from));
+        else _mm512_storeu_si512(to, _mm512_maskz_loadu_epi32(lanes, from));
+      }
+    }
+    joined_segment = {0, in.segments[0].weight_offset, total};
+    in.segments = &joined_segment;
+    in.segment_count = 1;
+    in.rows = joined_rows;
+    in.row_step = 0;
+  }
+
+  static constexpr int kManySegments = 5;  ///< copies of 3 take as long as their pointers
+  static constexpr int64_t kShortSteps = 16, kJoinedBytes = 512;
+
+  int64_t next_panel = 0;  ///< bytes to it from a tile's weights
+  int64_t next_parts = 0;  ///< of it that no tile has brought to L2
+  Segment joined_segment;
+  uint8_t* joined_rows[kTileRows];
+  alignas(64) uint8_t joined[kTileRows * (kJoinedBytes + 64)];
 };
 
 void run(const LayerProblem& p, const LayerRange& range, Output output) {

@@ -109,7 +109,10 @@ alignas(64) constexpr int32_t kRowOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 1
 template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks, bool kReady = false>
 struct Requantizer {
   static_assert(kOneSample || kClamp == Clamp::any, "rows of several samples have bounds of their own");
-  TileOutput out;
+  const TileOutput& out;      ///< not a copy, whose loads would wait for the stores of its parts
+  const int64_t* row;         ///< the following are out's, from the next row on
+  const SampleConstants* const* samples;
+  int64_t* const* counters;
   const SampleConstants one;  ///< of the first row
   __mmask16 last_lanes;       ///< channels of the last block
   uint64_t last_bytes;        ///< the same, of a packed vector
@@ -118,7 +121,7 @@ struct Requantizer {
   ClipCount clipped[2];  ///< of rows 0 and 1, 2 and 3
 
   __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes)
-      : out(output), one(*output.samples[0]), header_bytes(block_bytes) {
+      : out(output), row(output.row), samples(output.samples), counters(output.counters), one(*output.samples[0]), header_bytes(block_bytes) {
     const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
     last_lanes = first_lanes16(last_channels);
     last_bytes = ~uint64_t{0};
@@ -145,7 +148,7 @@ struct Requantizer {
     if (!kOneSample) {
 #pragma GCC unroll 2
       for (int pair = 0; 2 * pair < count; ++pair)
-        rounding[pair] = rounding_of(*out.samples[first + 2 * pair], *out.samples[first + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair)]);
+        rounding[pair] = rounding_of(*samples[first + 2 * pair], *samples[first + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair)]);
     }
     __m512i q[kBlocks];
 #pragma GCC unroll 4
@@ -177,10 +180,10 @@ struct Requantizer {
   }
 
   void skip(int rows) {
-    out.row += rows;
+    row += rows;
     if (kOneSample) return;
-    out.samples += rows;
-    out.counters += rows;
+    samples += rows;
+    counters += rows;
   }
 
   /// After `rows` rows.
@@ -205,9 +208,9 @@ struct Requantizer {
   }
 
   /// The values of a row and block, over the output's scale.
-  __attribute__((always_inline)) __m512 value(__m512i acc, int row, int j) const {
+  __attribute__((always_inline)) __m512 value(__m512i acc, int i, int j) const {
     if (kReady) return _mm512_castsi512_ps(acc);
-    const SampleConstants& c = kOneSample ? one : *out.samples[row];
+    const SampleConstants& c = kOneSample ? one : *samples[i];
     __m512 t = _mm512_cvtepi32_ps(acc);
     if (kOneSample) {
       t = _mm512_fmadd_ps(t, _mm512_load_ps(out.constants[j].scale), _mm512_load_ps(out.constants[j].bias));
@@ -217,7 +220,7 @@ struct Requantizer {
                           _mm512_mul_ps(_mm512_set1_ps(c.inverse_scale), _mm512_loadu_ps(header->bias)));
     }
     if (kResidual && out.residual) {
-      const uint8_t* at = out.residual + out.row[row] * out.stride + j * kBlockChannels;
+      const uint8_t* at = out.residual + row[i] * out.stride + j * kBlockChannels;
       const __m128i bytes = j == kBlocks - 1 ? _mm_maskz_loadu_epi8(last_lanes, at) : _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
       t = _mm512_fmadd_ps(centred_codes(bytes, c.residual_zero_point), _mm512_set1_ps(c.residual_multiplier), t);
     }
@@ -228,7 +231,7 @@ struct Requantizer {
   __attribute__((always_inline)) void store(const __m512i (&q)[kBlocks]) {
     uint8_t* y[count];
 #pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) y[i] = out.y + out.row[first + i] * out.stride;
+    for (int i = 0; i < count; ++i) y[i] = out.y + row[first + i] * out.stride;
 #pragma GCC unroll 2
     for (int j = 0; j + 1 < kBlocks; j += 2) {
       const __mmask32 lanes = j + 2 == kBlocks ? 0xffff | (static_cast<uint32_t>(last_lanes) << 16) : 0xffffffff;
@@ -263,7 +266,7 @@ struct Requantizer {
     sums = CodeSums();
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-      int64_t* counter = out.counters[first + i];
+      int64_t* counter = counters[first + i];
       counter[kStatsSum] += sum[i];
       counter[kStatsSquares] += product[i] + 128 * int64_t{sum[i]};
       counter[kStatsClipped] += clips[i / 2][i % 2 * 2] + clips[i / 2][i % 2 * 2 + 1];
@@ -275,6 +278,38 @@ struct Requantizer {
     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
   }
 };
+
+/// Codes of rows from their sums in memory, a few rows at a time.
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
+struct RowsFromMemory {
+  Requantizer<kOneSample, kResidual, kClamp, kBlocks> to;
+  const int32_t* sums;
+
+  template <int kRows>
+  __attribute__((always_inline)) void next() {
+    __m512i acc[kRows][kBlocks];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlocks; ++j) acc[i][j] = _mm512_loadu_si512(sums + (i * kBlocks + j) * kBlockChannels);
+    to.template rows<0>(acc);
+    to.skip(kRows);
+    sums += kRows * kBlocks * kBlockChannels;
+  }
+};
+
+template <bool kOneSample, bool kResidual, Clamp kClamp, int kBlocks>
+__attribute__((noinline)) void requantize_rows(const TileOutput& out, int64_t block_bytes, const int32_t* sums, int rows) {
+  RowsFromMemory<kOneSample, kResidual, kClamp, kBlocks> from{{out, block_bytes}, sums};
+  int left = rows;
+  for (; left >= 4; left -= 4) from.template next<4>();
+  if (left == 3) from.template next<3>();
+  else if (left == 2) from.template next<2>();
+  else if (left == 1) from.template next<1>();
+  from.to.finish(rows);
+}
+
+using RowsEpilogue = void (*)(const TileOutput&, int64_t, const int32_t*, int);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue from memory
