@@ -15,6 +15,7 @@ import torch
 
 LARGEST = 2400  # weights per output for which H is kept (23 MB in float32); beyond, weights are rounded to nearest
 _POSITIONS = 256  # of an image, evenly spaced, that count: they overlap and resemble each other
+_BLOCK = 64  # weights of a channel whose errors are spread together: the paper's lazy batches
 _DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
 
 
@@ -34,12 +35,20 @@ class RoundingFit:
         """x: the layer's float input, [N, C, H, W] of a convolution or [..., K]."""
         if self.options.keys() >= {"stride", "padding", "dilation"} and x.dim() == 4:
             top, bottom, left, right = self.options["padding"]
-            for image in torch.nn.functional.pad(x, (left, right, top, bottom)).split(1):
-                fields = torch.nn.functional.unfold(image, self.kernel, self.options["dilation"], 0, self.options["stride"])[0]
-                fields = fields[:, :: max(1, fields.shape[1] // _POSITIONS)]
-                self._add(fields.reshape(self.groups, -1, fields.shape[1]))
+            x = torch.nn.functional.pad(x, (left, right, top, bottom))
+            fields = x.flatten(2)[:, :, self._field_positions(*x.shape[2:])]  # [N, C, taps, positions]
+            self._add(fields.permute(1, 2, 0, 3).reshape(self.groups, -1, fields.shape[0] * fields.shape[3]))
         else:
             self._add(x.reshape(1, -1, x.shape[-1]).mT)
+
+    def _field_positions(self, height: int, width: int) -> torch.Tensor:
+        """[taps, positions]: where in a padded image of this size the receptive fields that count have their values."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.options["stride"], self.options["dilation"]
+        across = (width - dw * (kw - 1) - 1) // sw + 1
+        count = ((height - dh * (kh - 1) - 1) // sh + 1) * across
+        at = torch.arange(0, count, max(1, count // _POSITIONS))
+        taps = (torch.arange(kh)[:, None] * dh * width + torch.arange(kw) * dw).reshape(-1, 1)
+        return taps + at // across * sh * width + at % across * sw
 
     def _add(self, fields: torch.Tensor) -> None:
         """fields: [groups, K, positions]"""
@@ -64,10 +73,14 @@ class RoundingFit:
         w = w.gather(2, order[:, None, :].expand_as(w))
         factor = torch.linalg.cholesky(torch.cholesky_inverse(_damped_cholesky(h, ridge)), upper=True)
         codes = torch.empty_like(w)
-        for i in range(w.shape[2]):
-            codes[:, :, i] = w[:, :, i].round().clamp(-127, 127)
-            error = (w[:, :, i] - codes[:, :, i]) / factor[:, None, i, i]
-            w[:, :, i:] -= error[:, :, None] * factor[:, None, i, i:]
+        for begin in range(0, w.shape[2], _BLOCK):  # within a block at once, beyond it by one product of matrices
+            end = min(begin + _BLOCK, w.shape[2])
+            errors = torch.empty_like(w[:, :, begin:end])
+            for i in range(begin, end):
+                codes[:, :, i] = w[:, :, i].round().clamp(-127, 127)
+                errors[:, :, i - begin] = error = (w[:, :, i] - codes[:, :, i]) / factor[:, None, i, i]
+                w[:, :, i:end] -= error[:, :, None] * factor[:, None, i, i:end]
+            w[:, :, end:] -= errors @ factor[:, begin:end, end:]
         codes = torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes).reshape(shape)
         return (codes.permute(0, 2, 3, 1) if len(shape) == 4 else codes).contiguous().to(torch.int8)
 
