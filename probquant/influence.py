@@ -92,14 +92,14 @@ def channel_axis(node: fx.Node, unit: Unit) -> int:
 
 
 def look(graph_module: fx.GraphModule, axes: dict[fx.Node, int], weighed_only: set[fx.Node], chunks: Iterable[tuple], shifted: Callable[[tuple, int], list[tuple]]) -> Look:
-    """Runs the float graph on chunks of samples, and on shifted copies (shifted(chunk, number of its first sample)) of the first few, which
+    """Runs the float graph on chunks of samples and on shifted copies of them (shifted(chunk, number of its first sample)); the first few chunks
     alone are weighed. axes: what is looked at, and where it has its channels; weighed_only: of these, what is asked for nothing but its gain."""
     parts: dict[fx.Node, list[torch.Tensor]] = {node: [] for node in axes}
     source, version, weighed = [], [], []
     number, whole = 0, fixes_batch(graph_module.graph)
     for i, chunk in enumerate(chunks):
         images, weigh = chunk[0].shape[0], i < _WEIGHED_CHUNKS
-        for inputs in (chunk, *(shifted(chunk, number) if weigh else ())):
+        for inputs in (chunk, *shifted(chunk, number)):
             step = _PART if weigh and not whole else images
             for begin in range(0, images, step):
                 part = tuple(x[begin : begin + step] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == images else x for x in inputs)

@@ -4,7 +4,8 @@ A per-tensor scale wastes codes on channels whose values are small. With a profi
 at run time: the layer that writes the tensor divides by r behind its activation, in the factor it multiplies with anyway
 (pack_weight's output_profile), and the layer that reads it has r folded into its weights. That moves difficulty into those
 weights, as in SmoothQuant (arXiv 2211.10438): the power of r is chosen by the noise at the network's output (influence.py), with the
-weights' rounding error counted in, on images that r was not taken from, since few images over-fit, and on shifted copies of them.
+weights' rounding error counted in, on images that r was not taken from, since few images over-fit. Shifted copies of the images count in both:
+noise, for one, reaches other channels than what it lies on.
 
 Tensors that are added or pass on share one profile (a variable, here); a concatenation has those of its inputs, one behind the
 other. Tensors that concatenations join have their power chosen together: a component.
@@ -194,16 +195,17 @@ def _noise(component: Component, look: Look, variables: dict[int, torch.Tensor],
 
 
 def _ceilings(component: Component, look: Look, samples: torch.Tensor) -> dict[int, torch.Tensor]:
-    """What each variable's channels reach in almost all of the samples."""
+    """What each variable's channels reach in almost all of the samples, as a share of each sample's largest: the scale is its own."""
+    reached = {node: torch.maximum(look.seen[node].largest, -look.seen[node].least)[samples] for node in component.tensors}
+    largest = torch.stack([part.amax(1) for part in reached.values()]).amax(0).clamp(min=1e-30)
     result: dict[int, torch.Tensor] = {}
     for node, segments in component.tensors.items():
-        seen = look.seen[node]
-        reached = torch.maximum(seen.largest, -seen.least)[samples].quantile(_QUANTILE, dim=0)
-        for part, (v, positions) in zip(reached.split([_width(component, v) * p for v, p in segments]), segments, strict=True):
+        shares = (reached[node] / largest[:, None]).quantile(_QUANTILE, dim=0)
+        for part, (v, positions) in zip(shares.split([_width(component, v) * p for v, p in segments]), segments, strict=True):
             part = part.reshape(-1, positions).amax(1)
             result[v] = torch.maximum(result[v], part) if v in result else part
-    largest = max(float(part.max()) for part in result.values())
-    return {v: (part / max(largest, 1e-30)).clamp(min=_FLOOR) for v, part in result.items()}
+    highest = max(float(part.max()) for part in result.values())
+    return {v: (part / max(highest, 1e-30)).clamp(min=_FLOOR) for v, part in result.items()}
 
 
 def _width(component: Component, variable: int) -> int:
@@ -227,12 +229,12 @@ def choose_powers(components: list[Component], look: Look) -> list[float]:
         held_out = look.source % folds == fold
         judged = held_out & look.weighed
         for c, component in enumerate(components):
-            ceilings = _ceilings(component, look, look.clean & ~held_out)
+            ceilings = _ceilings(component, look, ~held_out)
             for p, power in enumerate(_POWERS):
                 variables = {v: part**power for v, part in ceilings.items()}
                 share = _noise(component, look, variables, judged) / usual[held_out[look.weighed]]
                 scores[:, c, p].index_add_(0, look.version[judged], share)
-    scores /= look.version[look.weighed].bincount().reshape(-1, 1, 1).clamp(min=1)
+    scores /= look.version[look.weighed].bincount(minlength=len(scores)).reshape(-1, 1, 1).clamp(min=1)
     return [_POWERS[p] for p in scores.mean(0).argmin(1).tolist()]
 
 
@@ -243,7 +245,7 @@ def apply_profiles(components: list[Component], powers: list[float], look: Look)
     for component, power in zip(components, powers, strict=True):
         if power == 0.0:
             continue
-        variables = {v: (part**power).float() for v, part in _ceilings(component, look, look.clean).items()}
+        variables = {v: (part**power).float() for v, part in _ceilings(component, look, torch.ones_like(look.clean)).items()}
         for unit, variable in component.producers:
             unit.output_profile = variables[variable]
         for unit in component.consumers:

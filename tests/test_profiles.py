@@ -151,16 +151,18 @@ def test_a_residual_of_a_float_output_has_none():
         assert float(sqnr(model(images(8)), qmodel(images(8))).mean()) > 30
 
 
-def powers(component: Component, largest: torch.Tensor) -> list[float]:
-    """Chosen for samples whose channels reach `largest` [samples, channels], in a network of two layers."""
+def powers(component: Component, largest: torch.Tensor, weighed: int | None = None) -> list[float]:
+    """Chosen for samples whose channels reach `largest` [samples, channels], in a network of two layers; those behind the first `weighed` are
+    shifted, and known by their extremes alone."""
     (node,), (unit,) = component.tensors, component.consumers
     largest, weight = largest.double(), unit.weight.double().flatten(1, 2)
     zeros, ones = torch.zeros_like(largest), torch.ones_like(largest)
     x = Seen(zeros, largest, zeros, largest**2 / 3, ones, ones, weight.square().sum((0, 1)).expand_as(largest), ones)
     outputs = torch.ones(len(largest), len(weight), dtype=torch.float64)
     y = Seen(*[outputs] * len(dataclasses.fields(Seen)))
-    count = len(largest)
-    look = Look(torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), {node: x, unit.anchor: y})
+    number = torch.arange(len(largest))
+    known = number < (len(largest) if weighed is None else weighed)
+    look = Look(number, (~known).long(), known, {node: x, unit.anchor: y})
     return profiles.choose_powers([component], look)
 
 
@@ -169,7 +171,7 @@ def test_no_power_from_one_image_and_little_where_channels_change_from_image_to_
     generator = torch.Generator().manual_seed(0)
     steady = 2.0 ** torch.linspace(0, 5, 8).expand(12, -1)
     assert powers(component, steady[:1]) == [0.0]
-    assert powers(component, steady)[0] > 0.5
+    assert powers(component, steady)[0] > 0.5 and powers(component, steady, 8)[0] > 0.5
     shuffled = torch.stack([row[torch.randperm(8, generator=generator)] for row in steady])
     assert powers(component, shuffled)[0] <= 0.25
 
