@@ -375,8 +375,8 @@ def _quantize_arguments(sub) -> None:
     group.add_argument("--percentile", type=float, default=99.99, help="share of the outputs, in %%, that is not clipped (criterion percentile)")
     without = "do not correct biases by the mean error of the rounded weights"
     group.add_argument("--no-bias-correction", dest="bias_correction", action="store_false", help=without)
-    rounding = "gptq: each weight makes up for the rounding of others, calibration takes longer"
-    group.add_argument("--weight-rounding", default="nearest", choices=["nearest", "gptq"], help=rounding)
+    rounding = "gptq: each weight makes up for the rounding of others; nearest: calibration is quicker"
+    group.add_argument("--weight-rounding", default="gptq", choices=["gptq", "nearest"], help=rounding)
     profile = "static factors per channel, folded into the weights (default: for the probabilistic strategy alone)"
     group.add_argument("--channel-profile", action=argparse.BooleanOptionalAction, help=profile)
     group.add_argument("--include", nargs="+", metavar="LAYER", help="only these layers become int8")

@@ -48,7 +48,7 @@ def quantize(
     percentile: float = 99.99,
     bias_correction: bool = True,
     channel_profile: bool | None = None,
-    weight_rounding: str = "nearest",
+    weight_rounding: str = "gptq",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
@@ -63,19 +63,19 @@ def quantize(
         "gaussian_channel": one law per output channel; "channel": one per input channel, from the input's channel moments;
         "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, fixed ranges and exact ones, on
         the calibration samples and on shifted copies of them, and improves the layers that gain most for their cost until the output's
-        mean SQNR is that of exact ranges everywhere without profiles, and 0.3 dB below these with profiles at most (choice.py: what it
-        allows, and what it falls back to). channel is for convolutions; gaussian stands in elsewhere.
+        mean SQNR is within 0.15 dB of that with exact ranges everywhere (choice.py: what it allows, and what it falls back to). channel is
+        for convolutions; gaussian stands in elsewhere.
     gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
         (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
         0 and this stride (4, if it is 0).
     criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy".
     percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
-    bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data, to its bias.
+    bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data and shifted copies of it, to its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
         probabilistic strategy, unless its surrogate does better without (auto always has them); static and dynamic quantization are then
         what is commonly meant by it.
-    weight_rounding: "nearest", or "gptq": each weight makes up for the rounding of others, by the second moments of the layer's
-        inputs (rounding.py); calibration takes longer. Layers too large for that are rounded to nearest, and say so in the summary.
+    weight_rounding: "gptq": each weight makes up for the rounding of others, by the second moments of the layer's inputs (rounding.py);
+        layers too large for that are rounded to nearest, and say so in the summary. Or "nearest": calibration is quicker.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
 
     Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
@@ -121,14 +121,14 @@ def quantize_graph(
     if not any(unit.int8 and unit.is_layer for unit in units):
         reasons = {unit.reason for unit in units if unit.is_layer} or {"it has no convolution or linear layer"}
         raise ValueError(f"probquant: nothing to quantize in the model: {'; '.join(sorted(reasons))}")
+    held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
+    shifted = _Shifter(held[0])
     auto = settings["strategy"] == "probabilistic" and settings["surrogate"] == "auto"
     if not auto and settings["channel_profile"] is False:
         variant = _Variant.of(units, settings)
-        _calibrate(graph_module, [variant], chunks, progress)
+        _calibrate(graph_module, [variant], chain(held, chunks), progress, shifted)
         return variant.write(graph_module)
 
-    held = list(islice(chunks, _HELD_IMAGES // _CALIBRATION_CHUNK))
-    shifted = _Shifter(held[0])
     seen = look(graph_module, *_looked_at(units), tqdm(held, desc="looking", unit=" chunks", disable=not progress), shifted)
     plain, profiles = [copy.copy(unit) for unit in units], {}
     for unit in plain:
@@ -137,11 +137,11 @@ def quantize_graph(
         components = find_components(units)
         profiles = apply_profiles(components, choose_powers(components, seen), seen)
     variants = [_Variant.of(units, settings, profiles)]
-    if profiles and (auto or settings["channel_profile"] is None):  # what has to be reached without them: by exact ranges, or the surrogate itself
-        variants.append(_Variant.of(plain, {**settings, "strategy": "dynamic"} if auto else settings))
-    _calibrate(graph_module, variants, chain(held, chunks), progress, shifted if auto else None)
+    if profiles and not auto and settings["channel_profile"] is None:
+        variants.append(_Variant.of(plain, settings))
+    _calibrate(graph_module, variants, chain(held, chunks), progress, shifted)
     if auto:
-        return _choose_ranges(graph_module, variants[0], variants[-1], seen, choice.Judges(graph_module, held, shifted), progress)
+        return _choose_ranges(graph_module, variants[0], plain, seen, choice.Judges(graph_module, held, shifted), progress)
     qmodels = [variant.write(graph_module) for variant in variants]
     if len(qmodels) > 1:  # a profile may cost a surrogate more than it gains
         judges = choice.Judges(graph_module, held, shifted)
@@ -420,13 +420,16 @@ class _Plan:
         if self.channel_fit is not None:
             self.channel_fit.update(values[unit.inputs[0]], values[unit.anchor])
 
-    def observe(self, values: dict[fx.Node, torch.Tensor]) -> None:
-        """Learns the means and the fixed ranges from the float values of one chunk of samples."""
+    def observe(self, values: dict[fx.Node, torch.Tensor], shifted: bool) -> None:
+        """Learns from the float values of one chunk of samples: what the weights are rounded and biased for, also from shifted copies;
+        the fixed ranges of static quantization from the samples as they are, as is usual."""
         x = self.unit.inputs[0]
         if self.rounding_fit is not None:
             self.rounding_fit.update(values[x].float())
         if self.bias_fit is not None:
             self.bias_fit.update(values[x].float())
+        if shifted:
+            return
         if self.settings["strategy"] == "static" and self.unit.is_layer:
             self.input_fit.update(values[x])
         if self.static_fit is not None:
@@ -599,12 +602,12 @@ class _Observer(fx.Interpreter):
         return result
 
 
-def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
-    """The model of `variant` with the ranges that auto takes; `rival` has exact ranges everywhere, and no profiles (it may be the same)."""
+def _choose_ranges(graph_module, variant: _Variant, plain: list[Unit], seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
+    """The model of `variant` with the ranges that auto takes; `plain`: its units before they had profiles."""
     plans = [plan for plan in variant.plans if len(plan.candidates) > 1]
     if not plans:
         return variant.write(graph_module)
-    options = [plan.options(price) for plan, price in zip(plans, _prices(variant, plans, rival, seen), strict=True)]
+    options = [plan.options(price) for plan, price in zip(plans, _prices(variant, plans, plain, seen), strict=True)]
     exact = [len(plan.candidates) - 1 for plan in plans]
     budget = choice.PREDICTOR_SHARE * sum(plan.unit.weight.numel() for plan in variant.plans if plan.unit.is_layer)
     cheapest, steps = choice.ladder(options, exact, budget)
@@ -618,13 +621,8 @@ def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look,
         return judges.decibels(lambda half: trial.with_ranges(ranges[half]))
 
     with tqdm(desc="choosing", unit=" networks", disable=not progress) as bar:
-        profiled = decibels(exact)
-        without = profiled
-        if rival is not variant:
-            qmodel = rival.write(graph_module)
-            without = judges.decibels(lambda half: qmodel)
-        wanted = choice.Target.of(without, profiled)
-        count = choice.fewest(lambda count: wanted.reached(decibels(choice.climb(cheapest, steps, count))), len(steps))
+        wanted = decibels(exact)
+        count = choice.fewest(lambda count: choice.is_near(decibels(choice.climb(cheapest, steps, count)), wanted), len(steps))
         chosen = choice.climb(cheapest, steps, count)
         reached = decibels(chosen)
     for plan, i, option in zip(plans, chosen, options, strict=True):
@@ -632,30 +630,31 @@ def _choose_ranges(graph_module, variant: _Variant, rival: _Variant, seen: Look,
         plan.cost = option[i].cost
         plan.saved = 10 * math.log10(1 + max(option[0].noise - option[i].noise, 0.0))
     qmodel = variant.write(graph_module)
-    qmodel.meta["choice"] = choice.told(without, profiled, reached, count, len(steps), sum(plan.cost for plan in plans))
+    qmodel.meta["choice"] = choice.told(wanted, reached, count, len(steps), sum(plan.cost for plan in plans))
     return qmodel
 
 
-def _prices(variant: _Variant, plans: list[_Plan], rival: _Variant, seen: Look) -> list[float]:
-    """For each plan: what noise over signal of its codes makes of noise at the network's output, as a share of what the rival leaves there."""
+def _prices(variant: _Variant, plans: list[_Plan], plain: list[Unit], seen: Look) -> list[float]:
+    """For each plan: what noise over signal of its codes makes of noise at the network's output, as a share of what exact ranges without
+    profiles leave there."""
 
-    def usual(plan: _Plan) -> torch.Tensor:
-        rounded = plan.strategy is not Strategy.NONE and plan.unit.kind not in PASSES_THROUGH
-        noise = seen.seen[plan.unit.output].rounding() if rounded else torch.zeros(len(seen.weighed), dtype=torch.float64)
-        return noise + (seen.weight_noise(plan.unit, 1.0, slice(None)) if plan.unit.is_layer else 0.0)
+    def usual(unit: Unit) -> torch.Tensor:
+        rounded = unit.quantized_output and unit.kind not in PASSES_THROUGH
+        noise = seen.seen[unit.output].rounding() if rounded else torch.zeros(len(seen.weighed), dtype=torch.float64)
+        return noise + (seen.weight_noise(unit, 1.0, slice(None)) if unit.is_layer else 0.0)
 
     def price(plan: _Plan) -> torch.Tensor:
         profile = variant.profiles.get(plan.unit.output)
         return seen.seen[plan.unit.output].price(1.0 if profile is None else profile.reshape(-1).double())
 
-    total = sum(usual(plan) for plan in rival.plans)[seen.weighed].clamp(min=1e-30)
+    total = sum(usual(unit) for unit in plain if unit.int8)[seen.weighed].clamp(min=1e-30)
     return [float((price(plan)[seen.weighed] / total).mean()) for plan in plans]
 
 
 def _calibrate(
-    graph_module: fx.GraphModule, variants: list[_Variant], chunks: Iterable[tuple], progress: bool, shifted: Callable[[tuple, int], list[tuple]] | None = None
+    graph_module: fx.GraphModule, variants: list[_Variant], chunks: Iterable[tuple], progress: bool, shifted: Callable[[tuple, int], list[tuple]]
 ) -> None:
-    """Shows every chunk to the plans of all variants, and shifted copies of it, if there are any; then finishes them."""
+    """Shows every chunk and shifted copies of it to the plans of all variants; then finishes them."""
     plans = [plan for variant in variants for plan in variant.plans]
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
 
@@ -663,7 +662,7 @@ def _calibrate(
     learns = any(plan.learns for plan in plans)
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
         for chunk in chunks if learns else ():
-            versions = [chunk, *(shifted(chunk, number) if shifted else ())]
+            versions = [chunk, *shifted(chunk, number)]
             for inputs in versions if number == 0 else ():
                 raw = values = None  # the last run's, which else would live beside the next one's
                 raw = _Observer(graph_module, needed).observe(inputs)
@@ -677,8 +676,7 @@ def _calibrate(
                 for variant in variants:
                     values = variant.values(raw)
                     for plan in variant.plans:
-                        if inputs is chunk:
-                            plan.observe(values)
+                        plan.observe(values, inputs is not chunk)
                         plan.try_ranges(values, number)
             number += chunk[0].shape[0]
             bar.update(chunk[0].shape[0])

@@ -62,8 +62,8 @@ def channel_laws(weight: torch.Tensor, bias: torch.Tensor | None, groups: int, w
     if is_depthwise(weight, groups):
         return torch.cat([mean[:, 0], square[:, 0], b]).float()
     mean, square = (part.reshape(groups, -1, w.shape[2]).sum(1).flatten() / len(w) for part in (mean, square))
-    factors = torch.tensor([within, between], dtype=torch.float64)
-    return torch.cat([b.mean()[None], between * b.var(unbiased=False)[None], factors, mean, square]).float()
+    factors = torch.tensor([within, between], dtype=torch.float32).double()  # as the predictor holds them: training takes its law anew from there
+    return torch.cat([b.mean()[None], factors[1:] * b.var(unbiased=False)[None], factors, mean, square]).float()
 
 
 def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
