@@ -2,8 +2,8 @@
 
 gamma: the surrogate's sampling stride, against accuracy and time. laws: one law for all weights of a layer against one per output channel.
 calibration: how many pictures, beside fixed ranges fitted to the same. criterion: least squared error against coverage (percentile) and
-the extremes. Everything else is as in the first row's: gaussian surrogate, gamma 0, 64 pictures, least squared error, no channel
-profiles (which are not the paper's, and would be measured with it).
+the extremes. rounding: weights to nearest, or gptq. Everything else is as in the first row's: gaussian surrogate, gamma 0, 64 pictures,
+least squared error, weights rounded to nearest, no channel profiles (which are not the paper's, and would be measured with it).
 
 Rows: those of accuracy.py, whose `strategy` is the setting, with {ablation}; further metrics are `time`, over that of the same network with
 fixed ranges (pairs alternated in one process, batch 1, one thread), and `predictor_share`, the predictors' bytes over the weights'.
@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 
 import probquant
-from accuracy import evaluate, parse_shift
+from accuracy import evaluate, parse_shift, predictor_share
 from common import describe_run, keep_heap, print_run, text_table, times_over, write_results
 from probquant.data import ImageSet
 from tasks import Classification, imagenet
 
-_BASE = {"strategy": "probabilistic", "surrogate": "gaussian", "gamma": 0, "criterion": "mse", "channel_profile": False}
-_STATIC = {"strategy": "static", "criterion": "mse"}
+_BASE = {"strategy": "probabilistic", "surrogate": "gaussian", "gamma": 0, "criterion": "mse", "channel_profile": False, "weight_rounding": "nearest"}
+_STATIC = {"strategy": "static", "criterion": "mse", "weight_rounding": "nearest"}
 _PICTURES = 64  # that calibrate, unless it is their number that varies
 _PAIRS = 150  # of alternated calls
 
@@ -45,6 +45,11 @@ ABLATIONS = {
         "squared error": (_PICTURES, _BASE),
         **{f"coverage {share} %": (_PICTURES, {**_BASE, "criterion": "percentile", "percentile": share}) for share in (99.9, 99.99, 99.999)},
         "extremes": (_PICTURES, {**_BASE, "criterion": "minmax"}),
+    },
+    "rounding": {
+        f"{name}, {how}": (_PICTURES, {**options, "weight_rounding": how})
+        for name, options in (("fixed", _STATIC), ("exact", {"strategy": "dynamic"}), ("predicted", _BASE))
+        for how in ("nearest", "gptq")
     },
 }
 
@@ -65,12 +70,6 @@ def build(task: Classification, settings: dict[str, tuple[int, dict]]) -> Iterat
     pictures = torch.cat([task.normalize(batch) for batch in task.pictures(task.calibration, 32)])[:wanted]
     for setting, (count, options) in tqdm(settings.items(), desc="calibrating", leave=False):
         yield setting, probquant.quantize(task.model, list(pictures[:count].split(8)), progress=False, **options)
-
-
-def predictor_share(qmodel: probquant.QuantizedModel) -> float:
-    state = qmodel.state_dict()
-    size = {leaf: sum(t.numel() * t.element_size() for name, t in state.items() if name.endswith(f".{leaf}")) for leaf in ("predictor", "weight")}
-    return size["predictor"] / size["weight"]
 
 
 def times(task: Classification, models: dict[str, probquant.QuantizedModel], fixed: probquant.QuantizedModel) -> dict[str, float]:

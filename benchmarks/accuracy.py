@@ -106,8 +106,9 @@ class TrainingBatches:
             yield x, target
 
 
-def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learning_rate: float) -> Callable[[Tensor], Tensor]:
-    """The model that a strategy makes of the task's, calibrated on `batches`; epochs and learning_rate are for `qat`."""
+def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learning_rate: float, made: dict[tuple, probquant.QuantizedModel]) -> Callable[[Tensor], Tensor]:
+    """The model that a strategy makes of the task's, calibrated on `batches`; epochs and learning_rate are for `qat`. made: what quantize() gave
+    so far, by its options: history's models are dynamic's."""
     name, *parts = spec.split(":")
     options = {"strategy": {"history": "dynamic", "qat": "probabilistic"}.get(name, name)}
     window = None
@@ -123,7 +124,10 @@ def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learnin
             options["strategy"] = part
         else:
             options["criterion" if part in CRITERIA else "surrogate"] = part
-    qmodel = probquant.quantize(task.model, batches, progress=False, **options)
+    key = (name == "qat", *sorted(options.items()))  # training may change what it is given
+    if key not in made:
+        made[key] = probquant.quantize(task.model, batches, progress=False, **options)
+    qmodel = made[key]
     if name == "qat":
         trainable = probquant.qat.Trainable(qmodel)
         probquant.qat.train(trainable, TrainingBatches(task, 8), imitation, epochs=epochs, learning_rate=learning_rate)
@@ -134,6 +138,13 @@ def quantized(spec: str, task: Task, batches: list[Tensor], epochs: int, learnin
     for batch in batches:
         history(batch)
     return history
+
+
+def predictor_share(qmodel: probquant.QuantizedModel) -> float:
+    """The predictors' bytes over the weights'."""
+    state = qmodel.state_dict()
+    size = {leaf: sum(t.numel() * t.element_size() for name, t in state.items() if name.endswith(f".{leaf}")) for leaf in ("predictor", "weight")}
+    return size["predictor"] / size["weight"]
 
 
 def _value(text: str):
@@ -279,8 +290,11 @@ def main(argv: list[str] | None = None) -> None:
             if any(spec.startswith("qat") for spec in strategies):
                 run[f"training of {name}"] = f"{args.epochs} epochs on {len(task.training)} pictures, learning rate {args.learning_rate:g}"
             specs = [spec for spec in strategies if spec != FLOAT32]
-            built = {spec: quantized(spec, task, batches, args.epochs, args.learning_rate) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
+            made: dict[tuple, probquant.QuantizedModel] = {}
+            built = {spec: quantized(spec, task, batches, args.epochs, args.learning_rate, made) for spec in tqdm(specs, desc=f"{name}, calibrating", unit=" strategies", leave=False)}
             run[f"choice of {name}"] = {spec: model.meta["choice"] for spec, model in built.items() if getattr(model, "meta", {}).get("choice")}
+            shares = {spec: predictor_share(model) for spec, model in built.items() if isinstance(model, probquant.QuantizedModel)}
+            run[f"predictors of {name}"] = {spec: round(share, 5) for spec, share in shares.items() if share}
             if "static" in built:
                 one = batches[0][:1]
                 with torch.no_grad():

@@ -227,7 +227,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
     """One page of several files of accuracy.py, a section for every model, and of ablations.py."""
     page = [
         "# Accuracy\n",
-        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same bias correction; pictures that calibrate "
+        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq but in the ablations, where it is to nearest); pictures that calibrate "
         "are not evaluated. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
         "top-1; a jackknife over 16 groups of pictures for AP; the mean's for IoU, which is that with float32's mask). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
         "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
@@ -249,7 +249,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
 
 _ABLATIONS = {
     "gamma": "Sampling stride gamma", "laws": "One law per layer, or one per output channel", "calibration": "Pictures to calibrate on",
-    "criterion": "Squared error or coverage",
+    "criterion": "Squared error or coverage", "rounding": "Rounding of the weights",
 }  # fmt: skip
 
 
@@ -310,6 +310,9 @@ def _accuracy_section(rows: list[dict], run: dict, model: str, plot: Path) -> st
         told = ", ".join(f"{strategy} {ratio:.3f}" for strategy, ratio in times.items())
         busy = f"; load average {run['load_at_start']}, so to be read with care" if run["load_at_start"] > BUSY_LOAD else ""
         parts += [f"Time over that of fixed ranges (static), one picture, median of alternated pairs of calls: {told}{busy}.\n"]
+    shares = run.get(f"predictors of {model}")
+    if shares:
+        parts += [f"Bytes of the predictors over the weights': {', '.join(f'{strategy} {100 * share:.2g} %' for strategy, share in shares.items())}.\n"]
     parts += [f"What {strategy} chose: {choice}\n" for strategy, choice in run.get(f"choice of {model}", {}).items()]
     parts += [markdown_table(header, table, left=2) + "\n"]
     return "\n".join([*parts, *([f"![drop by shift and strategy]({image})\n"] if image else [])])

@@ -368,13 +368,13 @@ def test_ablations(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ABLATIONS", reduced)
     ablations.main(["--imagenet", "x", "--shifts", "clean", "dark", "--json", str(tmp_path / "ablations.json")])
     rows = json.loads((tmp_path / "ablations.json").read_text())
-    assert len(rows) == 4 * 2 * (2 * 7 + 2)
+    assert len(rows) == 5 * 2 * (2 * 7 + 2)
     share = {row["strategy"]: row["value"] for row in rows if row["ablation"] == "gamma" and row["metric"] == "predictor_share"}
     assert set(share) == {"gamma 0", "gamma 1"} and all(0 < value < 1 for value in share.values())
     assert all(0.2 < row["value"] < 20 for row in rows if row["metric"] == "time")
     report.main([str(tmp_path / "ablations.json"), "--out", str(tmp_path)])
     page = (tmp_path / "accuracy.md").read_text()
-    assert page.count("### ") == 4 and page.count("| gamma 1 |") == 1 and "predictors, %" in page
+    assert page.count("### ") == 5 and page.count("| gamma 1 |") == 1 and "predictors, %" in page
     with pytest.raises(SystemExit, match="20 pictures to calibrate on, want 256"):
         monkeypatch.setattr(ablations, "ABLATIONS", {"calibration": {"fixed": (256, {})}})
         ablations.main(["--imagenet", "x", "--ablations", "calibration"])
