@@ -60,8 +60,9 @@ class Code:
         return max(loops, key=lambda loop: loop["LDG"], default=None)
 
     def inner_loop(self, opcode):
-        """The same among the loops that hold no other loop."""
-        inner = [(at, to) for at, to in self.jumps if not any(to <= other_to and other <= at and (other, other_to) != (at, to) for other, other_to in self.jumps)]
+        """The same among the loops that hold no other loop, in front of the fences behind which a last block adds up (parts.cuh)."""
+        end = self.opcodes.index("MEMBAR") if "MEMBAR" in self.opcodes else len(self.opcodes)
+        inner = [(at, to) for at, to in self.jumps if at < end and not any(to <= other_to and other <= at and (other, other_to) != (at, to) for other, other_to in self.jumps)]
         return Code(self.opcodes, inner).main_loop(opcode)
 
 
