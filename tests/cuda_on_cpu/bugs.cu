@@ -216,6 +216,17 @@ __global__ void threads_through_global(int* out, const int* in) {
   out[first + t] = other;
 }
 template <bool bug>
+__global__ void blocks_read_parts(int* out, const int* in) {  // left for whichever block comes last
+  if (threadIdx.x != 0) return;
+  const unsigned block = blockIdx.x, other = (block + 1) % kBlocks;
+  *const_cast<volatile int*>(out + block) = in[block];
+  __threadfence();
+  int seen;  // no conditional expression: one of a plain and a volatile int is volatile
+  if constexpr (bug) seen = out[other];
+  else seen = *const_cast<volatile int*>(out + other);
+  if (seen < 0) *const_cast<volatile int*>(out + block) = 0;
+}
+template <bool bug>
 __global__ void read_only_is_written(int* out, const int* in) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (bug) out[i] = 1;
@@ -379,6 +390,7 @@ const Case kCases[] = {
     CASE(blocks_read_and_write, "and another block, which"),
     CASE(global_counter, "a race ("),
     CASE(threads_through_global, "a race ("),
+    CASE(blocks_read_parts, "and another block, which"),
     CASE(read_only_is_written, "read-only data: ld.global.nc"),
     CASE(copy_without_wait, "asynchronous copy: ld.shared"),
     CASE(copy_waits_for_too_few, "asynchronous copy: ld.shared"),
