@@ -621,7 +621,6 @@ class DenseEpilogue {
   void widen_by_residual(const OutputRows& rows, const Panel& panel, const int32_t* sums) {
     const SampleEpilogue& e = p.samples[rows.sample[0]];
     const __m512 residual_multiplier = _mm512_set1_ps(e.residual_multiplier);
-    const __m512i residual_zero_point = _mm512_set1_epi32(e.residual_zero_point);
     const int64_t stride = panel.blocks * kBlockChannels;
     RangeLanes& range = ranges[rows.sample[0] - chunk_sample];
     for (int64_t j = 0; j < panel.blocks; ++j, sums += kBlockChannels) {
@@ -630,9 +629,8 @@ class DenseEpilogue {
       const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(e.multiplier), _mm512_loadu_ps(header.scale)), bias = _mm512_loadu_ps(header.bias);
       const uint8_t* const residual = p.residual + panel.channel + j * kBlockChannels;
       const auto widen = [&](RangeLanes& seen, int i) __attribute__((always_inline)) {
-        const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual + rows.row[i] * channels));
         const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + i * stride)), scale, bias);
-        seen.widen(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, residual_zero_point)), residual_multiplier, y), lanes);
+        seen.widen(_mm512_fmadd_ps(residual_values(residual + rows.row[i] * channels, e, lanes), residual_multiplier, y), lanes);
       };
       RangeLanes seen[4];  // minima and maxima take 4 clocks
       int i = 0;
