@@ -17,6 +17,7 @@ from torch import fx
 from ._ops import ops
 
 _NOT_RECORDED = ("run", "pack_weight")
+_WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
 
 
 class _Refused(Exception):
@@ -94,6 +95,7 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
     results = {numbers[node]: node for node in nodes if node in numbers and not set(node.users) <= mine}
     last_reader = {numbers[source]: node for node in operations for source in node.all_input_nodes}
 
+    upcoming = _upcoming(operations, graph_module, numbers)
     names = list(dict.fromkeys(node.target._opname for node in operations))
     body: list[int] = []
     count = given
@@ -102,7 +104,7 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
         read = {numbers[source] for source in node.all_input_nodes if source in mine}
         unread = [i for i in sorted(read) if last_reader[i] is node] + [i for i in produced if i not in last_reader]
         leaves = not results.keys().isdisjoint(produced)
-        body += [names.index(node.target._opname), int(leaves), *_encode(node, numbers), len(unread), *unread]
+        body += [names.index(node.target._opname), int(leaves), upcoming[node], *_encode(node, numbers), len(unread), *unread]
         count = produced.stop
 
     head = [len(names)]
@@ -116,6 +118,18 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
     for i, number in enumerate(results):
         value = graph.call_function(operator.getitem, (call, i))
         copies.update({node: value for node in nodes if numbers.get(node) == number})
+
+
+def _upcoming(operations: list[fx.Node], graph_module: fx.GraphModule, numbers: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """For every op the number of the packed weight that is read next behind it, or -1. Small ones, as of depthwise layers, are passed over."""
+    upcoming, number = {}, -1
+    for node in reversed(operations):
+        upcoming[node] = number
+        names = (argument.name for argument in node.target._schema.arguments)
+        weight = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("packed_weight")
+        if weight is not None and weight.op == "get_attr" and operator.attrgetter(weight.target)(graph_module).numel() >= _WORTH_FETCHING:
+            number = numbers[weight]
+    return upcoming
 
 
 def _values(node: fx.Node) -> list[tuple[int, fx.Node]]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import probquant as pq
 from probquant import ops
 from probquant.compare import peak_activation_bytes
-from probquant.recording import record
+from probquant.recording import _upcoming, record
 
 
 @functools.cache
@@ -71,6 +71,17 @@ def test_float_layers_between_int8_ones():
     qmodel = pq.quantize(Islands().eval(), [x], progress=False)
     assert len(runs_of(record(qmodel))) == 2
     assert equal(qmodel(x), fx.Interpreter(qmodel).run(x))
+
+
+def test_layers_are_told_of_the_weights_behind_them():
+    """Those that are worth fetching; the op's three first numbers are its name's, whether its results leave, and the weight's."""
+    qmodel = pq.quantize(nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 5), nn.Linear(5, 3000), nn.Linear(3000, 64)).eval(), [torch.randn(4, 64)], progress=False)
+    operations = [node for node in qmodel.graph.nodes if node in int8_ops_of(qmodel)]
+    weights = [node for node in qmodel.graph.nodes if node.op == "get_attr" and "packed_weight" in node.target]
+    told = _upcoming(operations, qmodel, {node: i for i, node in enumerate(weights)})
+    behind = [told[operation] for operation in operations]
+    layers = [i for i, operation in enumerate(operations) if operation.target is ops.linear.default]
+    assert [behind[i] for i in layers] == [2, 2, 3, -1] and set(behind[: layers[0]]) == {0}
 
 
 def test_nothing_to_record():

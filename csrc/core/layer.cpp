@@ -205,7 +205,7 @@ std::vector<std::pair<int64_t, int64_t>> probe_rows(int64_t rows) {
   return spans;
 }
 
-void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& executor) {
+void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& executor, const Upcoming& upcoming) {
   check_layer(shape, a);
   if (shape.batch == 0) return;
 
@@ -226,6 +226,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.y_float = a.y_float;
   p.range = nullptr;
   p.held = nullptr;
+  p.upcoming = upcoming;
 
   std::vector<SampleEpilogue> samples(static_cast<size_t>(shape.batch));
   parallel_for(executor, has_law(a.strategy) ? shape.batch : 1, [&](int64_t begin, int64_t end) {

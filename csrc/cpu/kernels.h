@@ -29,6 +29,7 @@ struct LayerProblem {
   float* y_float;                 ///< to_float
   float* range;                   ///< [samples][2], minimum and maximum of output_value
   int32_t* held;                  ///< null, or layout.columns() values per row, which `range` leaves for `quantized`
+  Upcoming upcoming;
 
   explicit LayerProblem(const Conv2dShape& s) : shape(s), layout(weight_shape(s)) {}
   /// Whether a clamp's bounds over the profile differ between channels: 0 and infinity do not.

@@ -18,7 +18,7 @@ struct Cpu {
   void pack_weight(const Arguments&... arguments) const {
     probquant::pack_weight(arguments...);
   }
-  void conv2d(const Conv2dShape& shape, const LayerArguments& a) const { probquant::conv2d(shape, a, stable::torch_executor()); }
+  void conv2d(const Conv2dShape& shape, const LayerArguments& a) const { probquant::conv2d(shape, a, stable::torch_executor(), Replay::upcoming()); }
   void surrogate_law(const Conv2dShape& shape, const LayerArguments& a, float* law) const {
     probquant::surrogate_law(shape, a, law, stable::torch_executor());
   }

@@ -5,13 +5,15 @@
 // A recording is an int64 tensor, which probquant/recording.py writes:
 //   number of op names, then each as its length and characters
 //   number of results, then each as the number of a value
-//   ops to the end, each: its name's number, whether its results leave the recording, its arguments in the order of the schema,
-//   the number of values that no one reads any more, and these
+//   ops to the end, each: its name's number, whether its results leave the recording, the packed weight that a layer reads behind it or -1,
+//   its arguments in the order of the schema, the number of values that no one reads any more, and these
 // Values are numbered: the inputs, the constants, then the results of every op in turn. Arguments are written as
 //   Tensor    a value                   Tensor?   a value or -1               Tensor[], int[]   a length, then the elements
 //   int, bool itself                    float     the bits of a double        float?            0, or 1 and the float
 // Anything else is an error, as is a number that names nothing: a damaged recording cannot do harm.
 #pragma once
+#include <probquant/ops.h>
+
 #include <unordered_map>
 
 #include "checks.h"
@@ -27,7 +29,15 @@ class Replay {
       for (const Tensor& t : *given) values_.emplace_back(scratch_.adopt(t));
   }
 
+  ~Replay() { upcoming() = {}; }
+
   bool done() const { return next_ == end_; }
+
+  /// Of the op that runs, in this thread.
+  static Upcoming& upcoming() {
+    thread_local Upcoming of_thread;
+    return of_thread;
+  }
 
   int64_t integer() {
     require(next_ != end_, "run: the recording ends within an op");
@@ -67,9 +77,11 @@ class Replay {
     }
   }
 
-  void begin(bool leaves) {
-    leaves_ = leaves;
-    scratch_.set_outside(leaves);
+  void begin() {
+    leaves_ = integer() != 0;
+    scratch_.set_outside(leaves_);
+    const auto weight = take<std::optional<Tensor>>();
+    upcoming() = weight ? Upcoming{weight->data(), weight->numel()} : Upcoming{};
   }
   void add_result(Tensor&& t) {
     if (!leaves_) {
@@ -153,7 +165,7 @@ inline std::vector<Tensor> replay(const std::unordered_map<std::string, Recorded
   const auto wanted = replay.take<std::vector<int64_t>>();
   while (!replay.done()) {
     const RecordedOp op = named[replay.index(named.size(), "op")];
-    replay.begin(replay.integer() != 0);
+    replay.begin();
     op(replay);
     replay.end();
   }

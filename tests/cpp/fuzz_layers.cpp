@@ -251,6 +251,7 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
     set_output(samples[n], {y_scale, random_zero_point(r)}, p.activation_min, p.activation_max);
   }
 
+  if (r.one_in(2)) p.upcoming = {packed.data(), packed.bytes()};
   const int64_t columns = stats_columns(s.out_channels, p.channel_stats);
   const Buffer held(p.layout.depthwise ? 0 : s.batch * p.rows_per_sample * p.layout.columns() * 4);
   const auto run = [&](const Kernels& k, const Result& fused, const Result& dynamic, bool split, bool holds) {

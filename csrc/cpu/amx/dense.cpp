@@ -9,6 +9,8 @@
 // their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
 // padding works on copies of its input that have it, kPaddedBytes at a time, which costs less than to gather its borders' rows.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
+// L3 gives a core 29 GB/s, so that weights which come when they are read take as long as the products of 100 rows: those of the next panels, and
+// the next layer's where the caller knows it, come to L2 meanwhile (Stream).
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
 // A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and
@@ -30,7 +32,8 @@ constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
-constexpr int64_t kSegmentsApart = 3;  ///< kernel rows of a few bytes that are tiles of their own
+constexpr int64_t kSegmentsApart = 3;                     ///< kernel rows of a few bytes that are tiles of their own
+constexpr int64_t kUpcomingBytes = 1 << 20;               ///< half of L2
 
 /// [blocks - 1]
 template <bool kOneSample, bool kResidual, Clamp kClamp>
@@ -144,6 +147,21 @@ class PendingRows<Along::none> {
   void stop() {}
 };
 
+/// Memory that is brought to L2, some lines with every step of products, and no more than L3 gives in that time: prefetches beyond keep L1's fill
+/// buffers from the tiles. What is left then comes when it is read.
+struct Stream {
+  static constexpr int64_t kMostLines = 4;
+  const uint8_t *next = nullptr, *end = nullptr;
+  int lines = 0;
+
+  Stream() = default;
+  Stream(const uint8_t* begin, int64_t bytes, int64_t steps)
+      : next(begin), end(begin + bytes), lines(static_cast<int>(min_i(kMostLines, ceil_div(bytes, 64 * steps)))) {}
+  void step() {
+    for (int i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 /// How many steps of 4 inputs a tile of weights holds, of segments of so many: all of it, an equal share, or what leaves a rest.
 int64_t steps_of_tile(int64_t steps) {
   const int64_t least = ceil_div(steps, kTileSteps);
@@ -198,17 +216,18 @@ class AmxKernel : public DenseEpilogue {
     for (int tile = 4; tile < 6; ++tile) tiles.set(tile, part_rows, 4 * tile_steps);
     for (int tile = 6; tile < 8; ++tile) tiles.set(tile, tile_steps, kTileBytes);
     configure_tiles(tiles);
+    if (kind == Output::range) return;
+    const int64_t panels = ceil_div(block_of(p.layout, range.channel_end - 1) + 1 - block_of(p.layout, range.channel_begin), kTileBlocks);
+    upcoming = {static_cast<const uint8_t*>(p.upcoming.data), min_i(p.upcoming.bytes, kUpcomingBytes), steps_of(range.row_end - range.row_begin, panels)};
   }
   AmxKernel(const AmxKernel&) = delete;
   AmxKernel& operator=(const AmxKernel&) = delete;
   ~AmxKernel() { release_tiles(); }  // a configuration left behind would be saved with every switch of the thread
 
-  /// The next panel's weights come from L3 or memory while this one's multiply, a share in each step.
+  /// The next panels' weights come from L3 or memory while these multiply, a share in each step.
   void start_weights(const uint8_t* block, int64_t panel_blocks, int64_t rows) {
-    const int64_t bytes = panel_blocks * p.layout.block_bytes, steps = max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps) * ceil_div(panel_blocks, kTileBlocks);
-    ahead = block + bytes;
-    ahead_end = min_p(ahead + bytes, p.packed_weight + p.layout.trailer_offset());
-    ahead_lines = static_cast<int>(ceil_div(bytes, 64 * steps));
+    const int64_t bytes = panel_blocks * p.layout.block_bytes, left = p.packed_weight + p.layout.trailer_offset() - (block + bytes);
+    ahead = {block + bytes, min_i(bytes, left), steps_of(rows, ceil_div(panel_blocks, kTileBlocks))};
   }
 
   void start_tile(const Tile& tile) {
@@ -257,7 +276,8 @@ class AmxKernel : public DenseEpilogue {
   const int64_t weights_together;  ///< bytes of panels that a tile meets one after the other, beyond that
 
  private:
-  static const uint8_t* min_p(const uint8_t* a, const uint8_t* b) { return a < b ? a : b; }
+  /// Steps of products, about.
+  int64_t steps_of(int64_t rows, int64_t panels) const { return max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps) * panels; }
 
   /// A convolution's taps meet the same inputs, which come from L2 in a fraction of the weights' bytes, so what stays in L1 should be a
   /// panel of its weights, where that can.
@@ -418,7 +438,8 @@ class AmxKernel : public DenseEpilogue {
         multiply_tiles<2, 5, 6>();
       }
       if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
-      for (int i = 0; i < ahead_lines && ahead < ahead_end; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      ahead.step();
+      upcoming.step();
       some_rows(later);
     }
     rows.stop();
@@ -501,8 +522,7 @@ class AmxKernel : public DenseEpilogue {
   int64_t range_samples[kTileRows];
   Panel range_panel;
   int32_t* range_sums = nullptr;  ///< null: of none
-  const uint8_t *ahead = nullptr, *ahead_end = nullptr;
-  int ahead_lines = 0;
+  Stream ahead, upcoming;  ///< weights of the next panels, and what comes behind this layer
   int rows_of = 0;  ///< of pending.row, the tile's
 
   int64_t gathered = 0, gathered_offset = 0;  ///< steps that are noted, and where their weights begin
@@ -595,6 +615,12 @@ void run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
   run_unpadded(q, {range.row_begin - before, range.row_end - before, range.channel_begin, range.channel_end}, output);
 }
 
+/// What rows [begin, end) of so many bring to the cache.
+Upcoming part_of(const Upcoming& upcoming, int64_t begin, int64_t end, int64_t rows) {
+  const int64_t bytes = min_i(upcoming.bytes, kUpcomingBytes), from = bytes * begin / rows, to = bytes * end / rows;
+  return {static_cast<const uint8_t*>(upcoming.data) + from, to - from};
+}
+
 /// Tiles load x from where it lies, so a layer with padding works on copies of a few samples, or of some lines of one.
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
   const Conv2dShape& s = p.shape;
@@ -612,7 +638,9 @@ void run(const LayerProblem& p, const LayerRange& range, Output output) {
       end = min_i(row / rows * rows + min_i(rows, (row % rows / p.out_width + most) * p.out_width), range.row_end);
     }
     const LayerRange part{row, end, range.channel_begin, range.channel_end};
-    run_padded(p, part, output);
+    LayerProblem q = p;
+    q.upcoming = part_of(p.upcoming, row - range.row_begin, end - range.row_begin, range.row_end - range.row_begin);
+    run_padded(q, part, output);
     row = end;
   }
 }

@@ -72,8 +72,15 @@ struct LayerArguments {
   void* workspace = nullptr; ///< conv2d_workspace_bytes(shape, strategy) bytes
 };
 
+/// What the caller has read next, such as the next layer's packed weight. A layer that computes more than it reads brings the beginning of it to
+/// its cache meanwhile, of a size that leaves room for its own data. Results do not depend on it.
+struct Upcoming {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+
 /// y = activation(conv2d(x, w) + b + residual). One scale per image.
-PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, const Executor& executor);
+PROBQUANT_API void conv2d(const Conv2dShape& shape, const LayerArguments& arguments, const Executor& executor, const Upcoming& upcoming = {});
 
 /// Sums that are held in 32 bits until their range is known, of a few samples at a time: with the dynamic strategy, and with the probe of samples
 /// that it sees whole. 0 where it takes less time to compute them twice, which depends on the instruction set, and with the other strategies.
