@@ -53,8 +53,9 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
     as good as parameters. An expanded tensor would only grow."""
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, fx.Node] = {}  # the largest that a constant was made of, which it is named by
+    written = {node.args[0].target for node in graph_module.graph.nodes if _writes(node)}
     for node in list(graph_module.graph.nodes):
-        value = attribute(graph_module, node)
+        value = None if node.target in written else attribute(graph_module, node)
         if value is not None:
             values[node], parameters[node] = value, node
         elif _is_pure(node) and all(source in values for source in node.all_input_nodes):
@@ -72,6 +73,11 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
             folded = new_parameter(graph_module, f"{name}_constant", value.detach().clone(memory_format=torch.contiguous_format), name)
         folded.meta["val"] = node.meta.get("val")
         node.replace_all_uses_with(folded)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes a buffer of the model."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -104,16 +110,17 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         factor = (variance.double() + eps).rsqrt() * (scale.double() if scale is not None else 1.0)
         offset = (shift.double() if shift is not None else 0.0) - mean.double() * factor
         parts = _weight_and_bias(graph_module, source) if len(source.users) == 1 else None
-        if parts is not None:
+        rank = len(shape_of(source) or ())
+        if parts is not None and (rank == 2) == (source.target is aten.linear.default):  # a norm's channels are dimension 1
             weight, bias = parts
             folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
             _replace_parameters(graph_module, source, folded, offset if bias is None else offset + bias.double() * factor, "folded")
             result = source
-        elif source.op != "placeholder" and len(shape_of(source) or ()) == 4:
-            named = next(p for p in (*parameters, None) if isinstance(p, fx.Node))
+        elif source.op != "placeholder" and rank == 4:
+            named = next(p for p in parameters if isinstance(p, fx.Node))
             with graph.inserting_before(norm):
                 weight, bias = (
-                    new_parameter(graph_module, f"{named.target}_{what}", value.to(mean.dtype), named.target)
+                    new_parameter(graph_module, f"{named.target}_{what}", value.to(source.meta["val"].dtype), named.target)
                     for what, value in (("factor", factor.reshape(-1, 1, 1, 1)), ("offset", offset))
                 )
                 result = graph.call_function(aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], len(factor)))
@@ -204,14 +211,16 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default)
 _FEWEST = 8  # channels of a layer that is worth a call of its own
+_MOST_PARTS = 4  # layers that read the input once each
 
 
 def _split_layers(graph_module: fx.GraphModule) -> None:
     """split(f(conv(x))) along the channels, f elementwise, becomes f(conv(x)) for each part: every part has its own range, and nothing is
-    copied. The layers read x once each."""
+    copied. The layers read x once each. Parts that overlap would be computed twice: they stay."""
     for node in list(graph_module.graph.nodes):
         parts = _channel_parts(node)
-        if len(parts) < 2 or min(end - start for start, end in parts) < _FEWEST:
+        widths = [end - start for start, end in parts]
+        if len(parts) < 2 or min(widths) < _FEWEST or sum(widths) > shape_of(node)[1] or len(parts) > _MOST_PARTS:
             continue
         chain = [node]
         while chain[-1].target in _ELEMENTWISE and isinstance(chain[-1].args[0], fx.Node) and len(chain[-1].args[0].users) == 1:
@@ -220,8 +229,8 @@ def _split_layers(graph_module: fx.GraphModule) -> None:
         if layer.target is aten.linear.default or _weight_and_bias(graph_module, layer) is None or argument(layer, 6, "groups", 1) != 1:
             continue
         part = layer
-        for i, ((start, end), readers) in enumerate(parts.items()):
-            part = _part_of_layer(graph_module, layer, start, end, i, after=part)
+        for (start, end), readers in parts.items():
+            part = _part_of_layer(graph_module, layer, start, end, after=part)
             for step in reversed(chain):
                 with graph_module.graph.inserting_after(part):
                     copied = graph_module.graph.node_copy(step, lambda n, step=step, part=part: part if n is step.args[0] else n)
@@ -240,7 +249,7 @@ def _channel_parts(node: fx.Node) -> dict[tuple[int, int], list[fx.Node]]:
     for user in node.users:
         if user.target is aten.slice.Tensor and user.args[0] is node and argument(user, 1, "dim", 0) % 4 == 1 and argument(user, 4, "step", 1) == 1:
             start = argument(user, 2, "start", None) or 0
-            start = start + shape[1] if start < 0 else start
+            start = max(0, start + shape[1]) if start < 0 else start
             parts.setdefault((start, start + shape_of(user)[1]), []).append(user)
         elif user.target in _SPLITS and argument(user, 2, "dim", 0) % 4 == 1:
             ends = list(accumulate(part.shape[1] for part in user.meta["val"]))
@@ -252,12 +261,12 @@ def _channel_parts(node: fx.Node) -> dict[tuple[int, int], list[fx.Node]]:
     return parts
 
 
-def _part_of_layer(graph_module: fx.GraphModule, layer: fx.Node, start: int, end: int, number: int, after: fx.Node) -> fx.Node:
+def _part_of_layer(graph_module: fx.GraphModule, layer: fx.Node, start: int, end: int, after: fx.Node) -> fx.Node:
     """The layer that gives channels start to end of a layer, behind a node."""
     weight, bias = _weight_and_bias(graph_module, layer)
-    name = f"{layer_name(layer)}.part{number}"
+    part_name = f"channels_{start}_{end}"
     with graph_module.graph.inserting_after(after):
         part = graph_module.graph.node_copy(layer)
     part.meta["val"] = layer.meta["val"][:, start:end]
-    _replace_parameters(graph_module, part, weight[start:end], None if bias is None else bias[start:end], f"part{number}", name)
+    _replace_parameters(graph_module, part, weight[start:end], None if bias is None else bias[start:end], part_name, f"{layer_name(layer)}.{part_name}")
     return part

@@ -43,7 +43,7 @@ ROLES = ("query", "key", "value")
 def aliases(name: str) -> list[str]:
     """The names of a layer: its own and, of a part of a fused projection or of another layer (folding.py), the whole one's."""
     whole, _, part = name.rpartition(".")
-    return [name, whole] if whole and (part in ROLES or re.fullmatch(r"part\d+", part)) else [name]
+    return [name, whole] if whole and (part in ROLES or re.fullmatch(r"channels_\d+_\d+", part)) else [name]
 
 
 class _Mismatch(Exception):

@@ -87,9 +87,9 @@ FOLDED = {
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, 1, 1)), 16, {"stem", "body", "head"}),
     "norm behind a concatenation": (Dense, 24, {"stem", "body.grow", "body.norm", "head"}),
     "norm behind a pool": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(16, affine=False), nn.ReLU()), 16, {"stem", "body.1", "head"}),
-    "chunks": (lambda: Split(lambda y: y.chunk(2, 1)), 48, {"stem", "body.enter.part0", "body.enter.part1", "body.step", "head"}),
-    "splits": (lambda: Split(lambda y: y.split([16, 16], 1)), 48, {"stem", "body.enter.part0", "body.enter.part1", "body.step", "head"}),
-    "slices": (lambda: Split(lambda y: (y[:, :-16], y[:, 16:])), 48, {"stem", "body.enter.part0", "body.enter.part1", "body.step", "head"}),
+    "chunks": (lambda: Split(lambda y: y.chunk(2, 1)), 48, {"stem", "body.enter.channels_0_16", "body.enter.channels_16_32", "body.step", "head"}),
+    "splits": (lambda: Split(lambda y: y.split([16, 16], 1)), 48, {"stem", "body.enter.channels_0_16", "body.enter.channels_16_32", "body.step", "head"}),
+    "slices": (lambda: Split(lambda y: (y[:, :-16], y[:, 16:])), 48, {"stem", "body.enter.channels_0_16", "body.enter.channels_16_32", "body.step", "head"}),
     "a slice of everything": (Ghost, 32, {"stem", "body.step", "body.wide", "head"}),
     "a joined bias": (JoinedBias, 48, {"stem", "body", "head"}),
 }
@@ -139,6 +139,65 @@ def test_constants_are_computed_once():
     assert not [node for node in qmodel.graph.nodes if node.target in (torch.ops.aten.linspace.default, torch.ops.aten.linear.default)]
 
 
+class Overlapping(nn.Module):
+    """Split() where parts overlap, or begin before the first channel."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.enter, self.first, self.second = nn.Conv2d(16, 32, 1), first, second
+
+    def forward(self, x):
+        y = self.enter(x)
+        return torch.cat([y[:, self.first], F.relu(y[:, self.second])], 1)
+
+
+@pytest.mark.parametrize("first, second, layers", [(slice(None, 24), slice(8, None), 3), (slice(-50, 16), slice(16, None), 4)])
+def test_parts_are_what_slices_are(first, second, layers):
+    torch.manual_seed(0)
+    model, x = Net(Overlapping(first, second), 48 if layers == 3 else 32).eval(), torch.randn(4, 3, 16, 16)
+    traced = trace(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), atol=1e-5, rtol=1e-4)
+    assert sum(node.target is torch.ops.aten.conv2d.default for node in traced.graph.nodes) == layers
+
+
+def test_a_norm_behind_a_linear_layer_may_be_of_its_rows():
+    """BatchNorm1d of [N, L, C] has L channels, the layer in front of it has C."""
+    torch.manual_seed(0)
+    for model, x in ((nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(5)), torch.randn(4, 5, 16)), (nn.Sequential(nn.Linear(16, 12), nn.BatchNorm1d(12)), torch.randn(4, 16))):
+        model[1].running_var.uniform_(0.5, 2)
+        traced = trace(model.eval(), (x,))
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_buffer_that_the_model_writes_is_no_constant():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.conv(x) * (self.calls + 1)
+
+    x = torch.randn(2, 3, 8, 8)
+    traced = trace(Counting().eval(), (x,))
+    with torch.no_grad():
+        first, second = traced(x), traced(x)
+    torch.testing.assert_close(second * 2, first * 3)
+
+
+def test_a_lone_norm_in_half_precision():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8)).eval().bfloat16()
+    model[2].float()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
+    traced = trace(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), atol=0.05, rtol=0.05)
+
+
 def test_what_differs_from_call_to_call_is_no_constant():
     class Noisy(nn.Module):
         def forward(self, x):
@@ -160,4 +219,4 @@ def test_a_norm_of_the_networks_input_stays():
 
 def test_all_parts_of_a_layer_go_by_its_name():
     qmodel = pq.quantize(network("chunks"), [torch.randn(4, 3, 16, 16)], surrogate="gaussian", exclude=["body.enter"], progress=False)
-    assert {layer.name for layer in qmodel.layers if layer.reason == "excluded by the caller"} == {"body.enter.part0", "body.enter.part1"}
+    assert {layer.name for layer in qmodel.layers if layer.reason == "excluded by the caller"} == {"body.enter.channels_0_16", "body.enter.channels_16_32"}

@@ -12,7 +12,7 @@
 // anything else 8 bytes are the signature, a 64-bit random number, once in 2^64, and it takes a part whose block is the last to come.
 //
 // Most blocks look at one batch of signatures, of the blocks that start last, and go: 8 bytes of a sector each, from L2. Parts are sectors all
-// the same, so that leaving one is a single write and the last block reads whole ones.
+// the same, so that leaving one touches a single sector and the last block reads whole ones.
 #pragma once
 #include "reduce.cuh"
 
@@ -42,6 +42,7 @@ __device__ inline bool take_parts(Part* parts, int32_t count, uint64_t signature
   bool mine = false;
   if (lane == 0) mine = atomicCAS(reinterpret_cast<Sum*>(&parts->signature), Sum{signature}, Sum{0}) == signature;
   if (lanes > 1) mine = __any_sync(0xffffffffu, mine);
+  if (lanes > 1) __syncwarp();  // votes order no memory: a lane's reads of signatures come before any lane's fence
   __threadfence();
   return mine;
 }

@@ -72,7 +72,7 @@ struct LayerArguments {
   void* workspace = nullptr; ///< conv2d_workspace_bytes(shape, strategy) bytes
 };
 
-/// What the caller has read next, such as the next layer's packed weight. A layer that computes more than it reads brings the beginning of it to
+/// What the caller has read next, such as the next layer's packed weight. A layer that computes more than it reads may bring the beginning of it to
 /// its cache meanwhile, of a size that leaves room for its own data. Results do not depend on it.
 struct Upcoming {
   const void* data = nullptr;
