@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ._ops import ops
 from .files import replacing
+from .huge_pages import side_by_side
 from .recording import record
 from .telemetry import Telemetry
 
@@ -104,13 +105,17 @@ class QuantizedModel(fx.GraphModule):
 
     Its graph is straight-line code over torch.ops.probquant; `units` holds the tensors of the int8 layers. Copying and
     pickling go through the same form as files do. A plain call on the CPU runs the graph's int8 ops as recorded (recording.py), which
-    happens at the first one, after recompile(), and when a tensor that the graph reads was exchanged.
+    happens at the first one, after recompile(), and when a tensor that the graph reads was exchanged. On the CPU its packed weights lie
+    together in huge pages.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any]):
         super().__init__(root, graph, "QuantizedModel")
         setattr(self, _UNITS, units)  # with the canonical weights, which the graph does not read
         self.meta["layers"], self.meta["settings"] = layers, settings
+        on_cpu = [unit for unit in units.modules() if isinstance(unit, UnitTensors) and unit.packed_weight.is_cpu]
+        for unit, packed in zip(on_cpu, side_by_side([unit.packed_weight for unit in on_cpu]), strict=True):
+            unit.packed_weight = packed
         self.eval()
 
     @property
@@ -216,22 +221,22 @@ class UnitTensors(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("profile", profile)
-        self.register_buffer("packed_weight", ops.pack_weight(weight, weight_scale, bias, groups, profile), persistent=False)
         self.groups = groups
+        self.register_buffer("packed_weight", self._pack(), persistent=False)
 
     def _apply(self, fn, recurse=True):
         device = self.weight.device
         super()._apply(fn, recurse)
         if self.weight.device != device:  # every kind of device has its own packed form
-            self._pack()
+            self.packed_weight = self._pack()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._pack()
+        self.packed_weight.copy_(self._pack())  # where it is, in huge pages
 
-    def _pack(self) -> None:
-        self.packed_weight = ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups, self.profile)
+    def _pack(self) -> torch.Tensor:
+        return ops.pack_weight(self.weight, self.weight_scale, self.bias, self.groups, self.profile)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
