@@ -228,7 +228,8 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
     page = [
         "# Accuracy\n",
         "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq; in the ablations to nearest, unless told); pictures that calibrate "
-        "are not evaluated. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
+        "are not evaluated. Rounding, bias correction, channel profiles and the widths of predicted ranges are fitted on these pictures and on copies with less contrast, darker, brighter and noisier: kinds that "
+        "the shifts belong to. Fixed ranges (static) are those of the pictures as they are, as is usual. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
         "top-1; a jackknife over 16 groups of pictures for AP; the mean's for IoU, which is that with float32's mask). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
         "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
     ]
