@@ -68,7 +68,8 @@ def quantize(
     gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
         (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
         0 and this stride (4, if it is 0).
-    criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy".
+    criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy". Those of
+        predicted ranges are fitted on shifted copies of the samples, too.
     percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data and shifted copies of it, to its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
