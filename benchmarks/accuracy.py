@@ -38,7 +38,7 @@ from probquant.corruptions import CORRUPTIONS, corrupt
 from probquant.surrogates import CRITERIA
 from tasks import Classification, Detection, Saliency, cifar10, coco, imagenet, saliency
 
-STRATEGIES = ("static:minmax", "static", "dynamic", "dynamic:profile", "history", "history:delayed", "probabilistic")
+STRATEGIES = ("static:minmax", "static", "static:profile", "dynamic", "dynamic:profile", "history", "history:delayed", "probabilistic")
 SHIFTS = ("clean", "dark", "contrast", "noise", "mixed")
 _MOMENTUM = 0.9  # of history's ranges
 _WINDOW = 16  # pictures that delayed scaling looks back on
