@@ -22,6 +22,8 @@
 // cp.async can read. There x is gathered through registers, six k blocks at a time, in front of their products: a chunk within a row is
 // five words and four shifts, and only at the image's border it is put together byte by byte. The weights' copies run under it. A pixel of
 // 24 bytes begins and ends within a sector, and the five words are five loads: what is read twice comes from L1.
+// Two kinds of stores to shared memory take a turn more than their bytes ask for, neither in the main loop: 16 bytes per lane at the image's border,
+// where lanes part and what is left of two quarters of a warp counts as one, and a few of the accumulators' in front of the epilogue, which nvcc takes apart.
 //
 // Instructions per thread and two k blocks (large: one) on an sm_80, mma and others: large 64 and 100, medium 32 and 100, small 32 and 94,
 // with units of 8 bytes 32 and 128; gathered 32 and 53, in front of which 114 gather: 5.2 per mma in all. Registers: 229, 128, 162, 133 and 130,
