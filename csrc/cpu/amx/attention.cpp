@@ -118,7 +118,7 @@ void multiply(const Parts& parts, const uint8_t* a, int64_t a_stride, const uint
 float weights_of(float* w, int64_t keys, const Packed& packed, float query_zero_point, float query_sum, const float* key_scale, const float* value_scale,
                  const int32_t* value_zero_point, float scale, uint8_t* codes, int32_t& offset) {
   const __m512 zero_point = _mm512_set1_ps(query_zero_point), sum = _mm512_set1_ps(query_sum);
-  __m512 largest = _mm512_set1_ps(-__builtin_inff()), most = _mm512_setzero_ps();
+  __m512 largest = _mm512_set1_ps(-__builtin_inff());
   for_each_vector(keys, [&](int64_t j, __mmask16 lanes) {
     __m512 product = _mm512_cvtepi32_ps(_mm512_loadu_si512(w + j));
     product = _mm512_fnmadd_ps(zero_point, _mm512_maskz_loadu_ps(lanes, packed.sums + j), product);
@@ -127,15 +127,7 @@ float weights_of(float* w, int64_t keys, const Packed& packed, float query_zero_
     _mm512_storeu_ps(w + j, t);
     largest = _mm512_mask_max_ps(largest, lanes, t, largest);
   });
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), factor = _mm512_set1_ps(scale);
-  const float total = sum_in_lanes(keys, [&](int64_t j, __mmask16 lanes, __m512 partial) {
-    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + j), top), factor));
-    const __m512 weight = _mm512_mul_ps(e, _mm512_maskz_loadu_ps(lanes, value_scale + j));  // zeros behind the end
-    _mm512_storeu_ps(w + j, weight);
-    most = _mm512_max_ps(weight, most);
-    return _mm512_add_ps(partial, e);
-  });
-  const float ceiling = _mm512_reduce_max_ps(most);
+  const auto [ceiling, total] = weigh(w, keys, value_scale, scale, largest);
   const __m512 inverse = _mm512_set1_ps(255.0f / ceiling), zero = _mm512_setzero_ps(), full = _mm512_set1_ps(255.0f);
   const __m512i highest = _mm512_set1_epi32(255);
   __m512i offsets = _mm512_setzero_si512();

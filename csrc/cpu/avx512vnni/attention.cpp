@@ -77,21 +77,13 @@ inline void centre(const uint8_t* q, int64_t count, int32_t zero_point, int16_t*
 /// From the int32 products of one query in w to its weights in 8 bits (zeros up to a multiple of 16). Returns the factor of
 /// their products with the values.
 float weights_of(float* w, int64_t keys, const float* key_scale, const float* value_scale, float scale, int16_t* codes) {
-  __m512 largest = _mm512_set1_ps(-__builtin_inff()), most = _mm512_setzero_ps();
+  __m512 largest = _mm512_set1_ps(-__builtin_inff());
   for_each_vector(keys, [&](int64_t j, __mmask16 lanes) {
     const __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(w + j)), _mm512_maskz_loadu_ps(lanes, key_scale + j));
     _mm512_storeu_ps(w + j, t);
     largest = _mm512_mask_max_ps(largest, lanes, t, largest);
   });
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), factor = _mm512_set1_ps(scale);
-  const float total = sum_in_lanes(keys, [&](int64_t j, __mmask16 lanes, __m512 partial) {
-    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + j), top), factor));
-    const __m512 weight = _mm512_mul_ps(e, _mm512_maskz_loadu_ps(lanes, value_scale + j));  // zeros behind the end
-    _mm512_storeu_ps(w + j, weight);
-    most = _mm512_max_ps(weight, most);
-    return _mm512_add_ps(partial, e);
-  });
-  const float ceiling = _mm512_reduce_max_ps(most);
+  const auto [ceiling, total] = weigh(w, keys, value_scale, scale, largest);
   const __m512 inverse = _mm512_set1_ps(255.0f / ceiling), zero = _mm512_setzero_ps(), full = _mm512_set1_ps(255.0f);
   for_each_vector(keys, [&](int64_t j, __mmask16 lanes) {
     const __m512 t = clamp_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, w + j), inverse), zero, full);
