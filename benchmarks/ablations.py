@@ -3,7 +3,7 @@
 gamma: the surrogate's sampling stride, against accuracy and time. laws: one law for all weights of a layer against one per output channel.
 calibration: how many pictures, beside fixed ranges fitted to the same. criterion: least squared error against coverage (percentile) and
 the extremes. rounding: weights to nearest, or gptq. Everything else is as in the first row's: gaussian surrogate, gamma 0, 64 pictures,
-least squared error, weights rounded to nearest, no channel profiles (which are not the paper's, and would be measured with it).
+least squared error, no channel profiles (which are not the paper's, and would be measured with it).
 
 Rows: those of accuracy.py, whose `strategy` is the setting, with {ablation}; further metrics are `time`, over that of the same network with
 fixed ranges (pairs alternated in one process, batch 1, one thread), and `predictor_share`, the predictors' bytes over the weights'.
@@ -25,8 +25,8 @@ from common import describe_run, keep_heap, print_run, text_table, times_over, w
 from probquant.data import ImageSet
 from tasks import Classification, imagenet
 
-_BASE = {"strategy": "probabilistic", "surrogate": "gaussian", "gamma": 0, "criterion": "mse", "channel_profile": False, "weight_rounding": "nearest"}
-_STATIC = {"strategy": "static", "criterion": "mse", "weight_rounding": "nearest"}
+_BASE = {"strategy": "probabilistic", "surrogate": "gaussian", "gamma": 0, "criterion": "mse", "channel_profile": False}
+_STATIC = {"strategy": "static", "criterion": "mse"}
 _PICTURES = 64  # that calibrate, unless it is their number that varies
 _PAIRS = 150  # of alternated calls
 

@@ -227,9 +227,10 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
     """One page of several files of accuracy.py, a section for every model, and of ablations.py."""
     page = [
         "# Accuracy\n",
-        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq; in the ablations to nearest, unless told); pictures that calibrate "
+        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq, unless told); pictures that calibrate "
         "are not evaluated. Rounding, bias correction, channel profiles and the widths of predicted ranges are fitted on these pictures and on copies with less contrast, darker, brighter and noisier: kinds that "
-        "the shifts belong to. Fixed ranges (static) are those of the pictures as they are, as is usual. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
+        "the shifts belong to. Fixed ranges (static) are those of the pictures as they are, as is usual. Profile: with channel profiles, which even a tensor's channels out between the layers that write and read it, as cross-layer equalization does, "
+        "by what its values reach. Exact ranges (dynamic) are each picture's; in a transformer's blocks each token's. qat: trained to imitate float32's outputs, without labels. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
         "top-1; a jackknife over 16 groups of pictures for AP; the mean's for IoU, which is that with float32's mask). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
         "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
     ]
@@ -315,8 +316,22 @@ def _accuracy_section(rows: list[dict], run: dict, model: str, plot: Path) -> st
     if shares:
         parts += [f"Bytes of the predictors over the weights': {', '.join(f'{strategy} {100 * share:.2g} %' for strategy, share in shares.items())}.\n"]
     parts += [f"What {strategy} chose: {choice}\n" for strategy, choice in run.get(f"choice of {model}", {}).items()]
-    parts += [markdown_table(header, table, left=2) + "\n"]
+    parts += [markdown_table(header, table, left=2) + "\n", *_against_exact(values, shifts)]
     return "\n".join([*parts, *([f"![drop by shift and strategy]({image})\n"] if image else [])])
+
+
+def _against_exact(values: dict[tuple, dict], shifts: list[str]) -> list[str]:
+    """How far auto is above or below exact ranges, and exact ranges with profiles: mean SQNR and the worst 1 %, dB."""
+    table = []
+    for rival in ("dynamic", "dynamic:profile"):
+        cells = []
+        for shift in shifts:
+            pairs = [[values.get((shift, strategy, metric)) for strategy in ("probabilistic", rival)] for metric in ("sqnr_mean", "sqnr_worst1")]
+            if all(row is not None for pair in pairs for row in pair):
+                cells.append(" / ".join(f"{ours['value'] - theirs['value']:+.2f}" for ours, theirs in pairs))
+        if len(cells) == len(shifts):
+            table.append([f"probabilistic - {rival}", *cells])
+    return ["SQNR over that of exact ranges, mean / worst 1 %, dB:\n", markdown_table(["", *shifts], table, left=1) + "\n"] if table else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

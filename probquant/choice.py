@@ -3,14 +3,16 @@
 A layer's loss says little about the network's. So every candidate's noise, measured in calibration, is weighed by what noise in that
 tensor is worth at the output (influence.py), and the layers climb from their cheapest candidates in the order of noise saved per
 nanosecond. How far they have to climb is measured: the int8 network itself runs on calibration samples, as they are and under each kind of
-shift, with widths that were fitted to other samples, and bisection, as if more steps were never worse, finds where it is hardly behind exact
-ranges everywhere (is_near), which are the top of the ladder. Every layer has its profile at every step. Where the output tells nothing (it has no
-floating-point tensor with a row per sample, or is all 0), all ranges are exact.
+shift, with widths that were fitted to other samples, and bisection, as if more steps were never worse, finds where it is good enough (Target):
+not behind dynamic quantization, exact ranges without profiles, and hardly behind exact ranges with profiles, which are the top of the ladder (no
+more is asked for than these reach). Every layer has its profile at every step. Where the output tells nothing (it has no floating-point tensor with
+a row per sample, or is all 0), all ranges are exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,10 +27,9 @@ from .nodes import fixes_batch
 from .shifts import KINDS
 from .surrogates import Candidate
 
-_JUDGED_CHUNKS = 5  # of the held ones, whose outputs are looked at
 _JUDGED_VALUES = 65537  # of each output of a sample, evenly spaced (a prime, so that the spacing follows no row)
-_BEHIND = 0.15  # dB that the output's mean SQNR may be behind exact ranges everywhere
-_BEHIND_SOMEWHERE = 0.5  # the same of one version alone, and of the lowest samples
+_BEHIND = 0.3  # dB that the output's mean SQNR may be behind exact ranges with profiles
+_BEHIND_SOMEWHERE = 0.5  # the same of one version alone, and of the lowest samples; these may be behind dynamic quantization's by as much
 _LOWEST = 0.05  # of the samples are the lowest
 PREDICTOR_SHARE = 0.02  # of the weights' bytes that all predictors may take
 
@@ -179,7 +180,7 @@ class Judges:
     NAMES = ("clean", "contrast", "dark", "bright", "noise")
 
     def __init__(self, graph_module: fx.GraphModule, chunks: Sequence[tuple], shifted: Callable[[tuple, int], list[tuple]]):
-        self.chunks, self.shifted, self.whole = chunks[:_JUDGED_CHUNKS], shifted, fixes_batch(graph_module.graph)
+        self.chunks, self.shifted, self.whole = chunks, shifted, fixes_batch(graph_module.graph)
         self.wanted = list(self._outputs(lambda half: graph_module))
 
     def _outputs(self, model: Callable[[int], Callable]) -> Iterator[tuple[list[int], int, torch.Tensor]]:
@@ -213,18 +214,41 @@ def means(decibels: torch.Tensor) -> list[float]:
     return [float(values.nanmean()) for values in decibels if not values.isnan().all()]
 
 
-def is_near(decibels: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Whether a network is about as good as one with exact ranges everywhere, by the SQNR of both: the mean of all versions, that of each, and
-    that of the lowest few samples are hardly behind. An output that tells nothing is good enough with nothing else."""
-    ours, theirs = means(decibels), means(exact)
-    if not theirs:
-        return False
-    lowest, lowest_exact = (float(values[~values.isnan()].sort().values[: max(1, round(_LOWEST * values.numel()))].mean()) for values in (decibels, exact))
-    return (
-        statistics.fmean(ours) >= statistics.fmean(theirs) - _BEHIND
-        and all(value >= wanted - _BEHIND_SOMEWHERE for value, wanted in zip(ours, theirs, strict=True))
-        and lowest >= lowest_exact - _BEHIND_SOMEWHERE
-    )
+def lowest(decibels: torch.Tensor) -> float:
+    """Mean of the lowest twentieth of all samples of all versions."""
+    values = decibels[~decibels.isnan()].sort().values
+    return float(values[: max(1, round(_LOWEST * len(values)))].mean())
+
+
+@dataclasses.dataclass
+class Target:
+    """SQNR that a network must reach: the means of all versions together and of each, and of the lowest few samples."""
+
+    together: float
+    each: list[float]
+    lowest: float
+
+    @staticmethod
+    def of(profiled: torch.Tensor, dynamic: torch.Tensor) -> Target:
+        """From the SQNR with exact ranges, with profiles and without. The former is the top of the ladder: no more is asked for."""
+
+        def wanted(a: float, b: float, behind: float) -> float:
+            return min(a, max(a - behind, b))
+
+        pairs = list(zip(means(profiled), means(dynamic), strict=True))
+        if not pairs:  # an output that tells nothing: nothing is good enough
+            return Target(math.inf, [], math.inf)
+        return Target(
+            wanted(*(statistics.fmean(part) for part in zip(*pairs, strict=True)), _BEHIND),
+            [wanted(a, b, _BEHIND_SOMEWHERE) for a, b in pairs],
+            wanted(lowest(profiled), lowest(dynamic) - _BEHIND_SOMEWHERE, _BEHIND_SOMEWHERE),
+        )
+
+    def reached(self, decibels: torch.Tensor) -> bool:
+        ours = means(decibels)
+        return bool(self.each) and (
+            statistics.fmean(ours) >= self.together and all(a >= b for a, b in zip(ours, self.each, strict=True)) and lowest(decibels) >= self.lowest
+        )
 
 
 def better(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -233,16 +257,16 @@ def better(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float(gain[0].mean() + (gain[1:].mean() if len(gain) > 1 else gain[0].mean())) > 0
 
 
-def told(exact: torch.Tensor, reached: torch.Tensor, count: int, steps: int, nanoseconds: float) -> str:
+def told(dynamic: torch.Tensor, profiled: torch.Tensor, reached: torch.Tensor, count: int, steps: int, nanoseconds: float) -> str:
     """What auto found, in a line."""
 
     def row(decibels: torch.Tensor) -> str:
         return " / ".join(f"{mean:.1f}" for mean in means(decibels))
 
-    names = " / ".join(name for name, values in zip(Judges.NAMES, exact, strict=False) if not values.isnan().all())
+    names = " / ".join(name for name, values in zip(Judges.NAMES, reached, strict=False) if not values.isnan().all())
     if not names:
         return "auto: exact ranges everywhere: no floating-point output has a row per sample that is not 0, so there was nothing to judge by"
     return (
         f"auto: {count} of {steps} steps up from the cheapest ranges, about {nanoseconds / 1e3:.0f} us per sample over fixed ones; output SQNR on calibration samples "
-        f"({names}): {row(reached)} dB; with exact ranges everywhere {row(exact)}"
+        f"({names}): {row(reached)} dB; exact ranges everywhere {row(profiled)}, without profiles {row(dynamic)}"
     )

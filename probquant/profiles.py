@@ -26,6 +26,7 @@ _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _QUANTILE = 0.95  # of a channel's largest value over the images: one odd image must not set it
 _FLOOR = 1.0 / 64  # least factor of a channel, relative to the largest: dead channels stay harmless
 _FOLDS = 4  # of the images, each scored with profiles of the others
+_CERTAIN = 2.0  # standard errors that a profile must gain
 _LINEAR = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "flatten")  # one factor per channel passes through
 
 
@@ -218,24 +219,30 @@ def _channels(unit: Unit) -> int:
 
 def choose_powers(components: list[Component], look: Look) -> list[float]:
     """For every component the power of its ceilings that leaves the network's output the least noise, on samples that the ceilings were not
-    taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are."""
+    taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are. 0 where
+    the gain may be chance: below twice its standard error."""
     folds = min(_FOLDS, len(look.source.unique()))
     if folds < 2 or not components:
         return [0.0] * len(components)
     none = [{v: torch.ones(_width(component, v), dtype=torch.float64) for _, v in component.producers} for component in components]
     usual = sum(_noise(component, look, variables, look.weighed) for component, variables in zip(components, none, strict=True)).clamp(min=1e-30)
-    scores = torch.zeros(int(look.version.max()) + 1, len(components), len(_POWERS), dtype=torch.float64)
+    shares = torch.zeros(len(components), len(_POWERS), len(usual), dtype=torch.float64)
     for fold in range(folds):
         held_out = look.source % folds == fold
-        judged = held_out & look.weighed
+        judged, mine = held_out & look.weighed, held_out[look.weighed]
         for c, component in enumerate(components):
             ceilings = _ceilings(component, look, ~held_out)
             for p, power in enumerate(_POWERS):
                 variables = {v: part**power for v, part in ceilings.items()}
-                share = _noise(component, look, variables, judged) / usual[held_out[look.weighed]]
-                scores[:, c, p].index_add_(0, look.version[judged], share)
-    scores /= look.version[look.weighed].bincount(minlength=len(scores)).reshape(-1, 1, 1).clamp(min=1)
-    return [_POWERS[p] for p in scores.mean(0).argmin(1).tolist()]
+                shares[c, p, mine] = _noise(component, look, variables, judged) / usual[mine]
+    version = look.version[look.weighed]
+    counts = version.bincount()
+    weights = 1.0 / (counts[version] * (counts > 0).sum())  # which sum to 1
+    best = (shares * weights).sum(2).argmin(1)
+    gains = shares[:, 0] - shares[torch.arange(len(components)), best]
+    gain = (gains * weights).sum(1, keepdim=True)
+    error = ((gains - gain) * weights).square().sum(1).sqrt()
+    return [_POWERS[p] if certain else 0.0 for p, certain in zip(best.tolist(), (gain[:, 0] > _CERTAIN * error).tolist(), strict=True)]
 
 
 def apply_profiles(components: list[Component], powers: list[float], look: Look) -> dict[fx.Node, torch.Tensor]:

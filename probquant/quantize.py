@@ -27,7 +27,7 @@ from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_co
 from .influence import Look, channel_axis, look
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .nodes import fixes_batch
-from .profiles import apply_profiles, choose_powers, find_components
+from .profiles import apply_profiles, choose_powers, find_components, input_factors
 from .transformer import aliases
 
 SURROGATES = ("auto", "gaussian", "gaussian_channel", "channel", "probe")
@@ -63,13 +63,13 @@ def quantize(
         "gaussian_channel": one law per output channel; "channel": one per input channel, from the input's channel moments;
         "probe": exact range of a sixteenth of the output, computed first. "auto" measures all of them, fixed ranges and exact ones, on
         the calibration samples and on shifted copies of them, and improves the layers that gain most for their cost until the output's
-        mean SQNR is within 0.15 dB of that with exact ranges everywhere (choice.py: what it allows, and what it falls back to). channel is
-        for convolutions; gaussian stands in elsewhere.
+        mean SQNR is not below that of exact ranges without channel profiles, and within 0.3 dB of that with them (choice.py: what it
+        allows, and what it falls back to). channel is for convolutions; gaussian stands in elsewhere.
     gamma: the gaussian surrogates sum the receptive fields of every gamma-th position in each direction, as in the paper; 0
         (the default) takes the input's moments instead, which the layer before has already summed: free. auto tries both
         0 and this stride (4, if it is 0).
     criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy". Those of
-        predicted ranges are fitted on shifted copies of the samples, too.
+        predicted ranges are fitted on shifted copies of the samples, too, "mse" to the mean square of the samples' noise over signal.
     percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
     bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data and shifted copies of it, to its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
@@ -138,11 +138,11 @@ def quantize_graph(
         components = find_components(units)
         profiles = apply_profiles(components, choose_powers(components, seen), seen)
     variants = [_Variant.of(units, settings, profiles)]
-    if profiles and not auto and settings["channel_profile"] is None:
-        variants.append(_Variant.of(plain, settings))
+    if profiles and settings["channel_profile"] is None:  # what there would be without them: dynamic quantization, or the surrogate itself
+        variants.append(_Variant.of(plain, {**settings, "strategy": "dynamic"} if auto else settings))
     _calibrate(graph_module, variants, chain(held, chunks), progress, shifted)
     if auto:
-        return _choose_ranges(graph_module, variants[0], plain, seen, choice.Judges(graph_module, held, shifted), progress)
+        return _choose_ranges(graph_module, variants[0], variants[-1], plain, seen, choice.Judges(graph_module, held, shifted), progress)
     qmodels = [variant.write(graph_module) for variant in variants]
     if len(qmodels) > 1:  # a profile may cost a surrogate more than it gains
         judges = choice.Judges(graph_module, held, shifted)
@@ -543,11 +543,11 @@ class _Plan:
         """price: what noise over signal of its codes is worth at the output, as a share of the noise there. Notes how each candidate did."""
         result = []
         for candidate in self.candidates:
-            mean, worst = candidate.fit.judge(self.settings["criterion"], self.settings["percentile"])
+            mean, rms, worst = candidate.fit.judge(self.settings["criterion"], self.settings["percentile"])
             self.judged[candidate.name] = [-10 * math.log10(max(part, 1e-14)) if part < math.inf else -140.0 for part in (mean, worst)]
             predictor = self.predictor_values(candidate.strategy, 1.0, 1.0)
             size = 0 if predictor is None else 4 * predictor.numel()
-            result.append(choice.Option(price * min(mean, 1e30), choice.cost(candidate, *self.sizes, self.unit), size))
+            result.append(choice.Option(price * min(rms, 1e30), choice.cost(candidate, *self.sizes, self.unit), size))
         return result
 
 
@@ -603,8 +603,9 @@ class _Observer(fx.Interpreter):
         return result
 
 
-def _choose_ranges(graph_module, variant: _Variant, plain: list[Unit], seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
-    """The model of `variant` with the ranges that auto takes; `plain`: its units before they had profiles."""
+def _choose_ranges(graph_module, variant: _Variant, dynamic: _Variant, plain: list[Unit], seen: Look, judges: choice.Judges, progress: bool) -> QuantizedModel:
+    """The model of `variant` with the ranges that auto takes. `dynamic` has exact ranges, and no profiles (where nothing has: `variant` itself);
+    `plain`: the units of `variant` before they had profiles."""
     plans = [plan for plan in variant.plans if len(plan.candidates) > 1]
     if not plans:
         return variant.write(graph_module)
@@ -622,34 +623,45 @@ def _choose_ranges(graph_module, variant: _Variant, plain: list[Unit], seen: Loo
         return judges.decibels(lambda half: trial.with_ranges(ranges[half]))
 
     with tqdm(desc="choosing", unit=" networks", disable=not progress) as bar:
-        wanted = decibels(exact)
-        count = choice.fewest(lambda count: choice.is_near(decibels(choice.climb(cheapest, steps, count)), wanted), len(steps))
-        chosen = choice.climb(cheapest, steps, count)
-        reached = decibels(chosen)
-    for plan, i, option in zip(plans, chosen, options, strict=True):
+        profiled = without = decibels(exact)
+        if dynamic is not variant:
+            rival = dynamic.write(graph_module)
+            without = judges.decibels(lambda half: rival)
+        target = choice.Target.of(profiled, without)
+        found = {len(steps): profiled}
+
+        def good(count: int) -> bool:
+            found[count] = decibels(choice.climb(cheapest, steps, count))
+            return target.reached(found[count])
+
+        count = choice.fewest(good, len(steps))
+    for plan, i, option in zip(plans, choice.climb(cheapest, steps, count), options, strict=True):
         plan.take(i)
         plan.cost = option[i].cost
         plan.saved = 10 * math.log10(1 + max(option[0].noise - option[i].noise, 0.0))
     qmodel = variant.write(graph_module)
-    qmodel.meta["choice"] = choice.told(wanted, reached, count, len(steps), sum(plan.cost for plan in plans))
+    qmodel.meta["choice"] = choice.told(without, profiled, found[count], count, len(steps), sum(plan.cost for plan in plans))
     return qmodel
 
 
 def _prices(variant: _Variant, plans: list[_Plan], plain: list[Unit], seen: Look) -> list[float]:
-    """For each plan: what noise over signal of its codes makes of noise at the network's output, as a share of what exact ranges without
-    profiles leave there."""
+    """For each plan: what noise over signal of its codes makes of noise at the network's output, as a share of what exact ranges leave there
+    (mean of the samples). plain: the units with weights that hold no profile yet."""
+
+    def profile(node: fx.Node) -> torch.Tensor | float:
+        return variant.profiles[node].reshape(-1).double() if node in variant.profiles else 1.0
 
     def usual(unit: Unit) -> torch.Tensor:
-        rounded = unit.quantized_output and unit.kind not in PASSES_THROUGH
-        noise = seen.seen[unit.output].rounding() if rounded else torch.zeros(len(seen.weighed), dtype=torch.float64)
-        return noise + (seen.weight_noise(unit, 1.0, slice(None)) if unit.is_layer else 0.0)
-
-    def price(plan: _Plan) -> torch.Tensor:
-        profile = variant.profiles.get(plan.unit.output)
-        return seen.seen[plan.unit.output].price(1.0 if profile is None else profile.reshape(-1).double())
+        noise = torch.zeros(len(seen.weighed), dtype=torch.float64)
+        if unit.quantized_output and unit.kind not in PASSES_THROUGH:
+            noise = noise + seen.seen[unit.output].rounding(profile(unit.output))
+        if unit.is_layer:
+            source = unit.inputs[0]
+            noise = noise + seen.weight_noise(unit, input_factors(unit, profile(source)) if source in variant.profiles else 1.0, slice(None))
+        return noise
 
     total = sum(usual(unit) for unit in plain if unit.int8)[seen.weighed].clamp(min=1e-30)
-    return [float((price(plan)[seen.weighed] / total).mean()) for plan in plans]
+    return [float((seen.seen[plan.unit.output].price(profile(plan.unit.output))[seen.weighed] / total).mean()) for plan in plans]
 
 
 def _calibrate(

@@ -227,15 +227,16 @@ def probe_ranges(y: torch.Tensor, activation: Activation, minimum: float | None,
 class RangeFit:
     """Noise over signal, and clipped values, of every pair of candidate widths: summed over the samples, and of the worst one.
 
-    Each sample counts the same, dark images as much as bright ones. Samples are kept in two halves, so that a pair can be
-    judged on samples that it was not fitted to.
+    Each sample's noise is over its own signal: dark images count as much as bright ones. Widths are fitted to the sum of squares of that, so that
+    the samples which a range does worst by count most: an image that it ruins is not made up for by many that it serves a little better.
+    Samples are kept in two halves, so that a pair can be judged on samples that it was not fitted to.
     """
 
     def __init__(self, widths: Sequence[float] = WIDTHS, usual: float = 4.0):
         """usual: the width where the samples do not tell, such as below zero behind a ReLU."""
         self.widths, self.usual = torch.tensor(widths, dtype=torch.float64), usual
-        tables = [torch.zeros(2, len(widths), len(widths), dtype=torch.float64) for _ in range(3)]
-        self.noise, self.worst, self.clipped = tables
+        tables = [torch.zeros(2, len(widths), len(widths), dtype=torch.float64) for _ in range(4)]
+        self.noise, self.squares, self.worst, self.clipped = tables
         self.samples, self.values = [0, 0], [0, 0]
 
     def update(self, ranges: Ranges, outputs: SampleOutputs, half: torch.Tensor) -> None:
@@ -246,6 +247,7 @@ class RangeFit:
             mine = (valid & (half == h)).nonzero().flatten().tolist()
             for i in mine:
                 self.noise[h] += noise[i]
+                self.squares[h] += noise[i].square()
                 self.clipped[h] += clipped[i]
                 torch.maximum(self.worst[h], noise[i], out=self.worst[h])
             self.samples[h] += len(mine)
@@ -266,7 +268,7 @@ class RangeFit:
 
     def _best(self, halves: list[int], criterion: str, percentile: float) -> int:
         if criterion == "mse":
-            score = self.noise[halves].sum(0)
+            score = self.squares[halves].sum(0)
         else:
             clipped, values = self.clipped[halves].sum(0), sum(self.values[h] for h in halves)
             allowed = 0.0 if criterion == "minmax" else (1.0 - percentile / 100.0) * values
@@ -275,15 +277,18 @@ class RangeFit:
         unusual = (self.widths[:, None] - self.usual).abs() + (self.widths[None, :] - self.usual).abs()
         return int(torch.where(score <= score.min(), unusual, math.inf).argmin())
 
-    def judge(self, criterion: str, percentile: float) -> tuple[float, float]:
-        """(mean, worst) noise over signal of each half with the widths that fit_without() gives."""
-        total, worst = 0.0, 0.0
+    def judge(self, criterion: str, percentile: float) -> tuple[float, float, float]:
+        """(mean, root mean square, worst) noise over signal of the samples, with the widths that fit_without() gives for each half."""
+        total, squares, worst, count = 0.0, 0.0, 0.0, sum(self.samples)
+        if not count:
+            return math.inf, math.inf, math.inf
         for half in (0, 1):
             if self.samples[half]:
                 at = self._best_without(half, criterion, percentile)
                 total += float(self.noise[half].flatten()[at])
+                squares += float(self.squares[half].flatten()[at])
                 worst = max(worst, float(self.worst[half].flatten()[at]))
-        return (total / sum(self.samples), worst) if sum(self.samples) else (math.inf, math.inf)
+        return total / count, math.sqrt(squares / count), worst
 
 
 @dataclasses.dataclass

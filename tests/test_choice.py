@@ -71,21 +71,31 @@ def test_as_few_steps_as_it_takes():
             assert len(asked) <= 5 and most not in asked
 
 
-def test_what_is_near_exact_ranges():
-    exact = torch.full((3, 40), 24.0, dtype=torch.float64)
-    assert choice.is_near(exact - 0.14, exact) and not choice.is_near(exact - 0.16, exact)
-    behind = exact.clone()  # one version is, made up for by others
+def test_how_good_is_good_enough():
+    profiled = torch.full((3, 40), 24.0, dtype=torch.float64)
+
+    def reached(decibels, dynamic):
+        return choice.Target.of(profiled, dynamic).reached(decibels)
+
+    far = profiled - 3.0  # dynamic quantization, much worse: hardly behind exact ranges with profiles is asked for
+    assert reached(profiled, far) and reached(profiled - 0.29, far) and not reached(profiled - 0.31, far)
+    behind = profiled.clone()  # one version is, made up for by others
     behind[1] -= 0.49
-    behind[2] += 0.1
-    assert choice.is_near(behind, exact)
+    assert reached(behind, far)
     behind[1] -= 0.02
-    assert not choice.is_near(behind, exact)
-    exact[0, :5] = 12.0  # some samples are hard: the lowest twentieth of all, 6 here, is told apart
-    low = exact + 0.5
+    assert not reached(behind, far)
+    near = profiled - 0.05  # dynamic quantization is nearly as good: not to be behind it
+    assert reached(near, near) and not reached(profiled - 0.06, near)
+    above = profiled.clone()
+    above[1] -= 0.06
+    assert not reached(above, near) and reached(above, near - 0.02)
+    assert reached(profiled, profiled + 1) and not reached(profiled - 0.01, profiled + 1)  # profiles lose: no more is asked for than there is
+    profiled[0, :5] = 12.0  # some samples are hard: the lowest twentieth of all, 6 here, is told apart
+    low, far = profiled + 0.5, profiled - 3.0
     low[0, 0] -= 3.0
-    assert choice.is_near(low, exact)  # one of them alone counts a sixth
+    assert reached(low, far)  # one of them alone counts a sixth
     low[0, :5] = 11.0
-    assert not choice.is_near(low, exact)
+    assert not reached(low, far)
 
 
 def test_better_weighs_clean_and_shifted_samples_alike():
@@ -174,8 +184,9 @@ def test_whatever_a_model_returns(outputs, judged):
 def test_a_version_without_a_signal_is_left_out():
     decibels = torch.full((3, 4), 20.0, dtype=torch.float64)
     decibels[1] = math.nan  # in the dark nothing comes out
-    assert choice.is_near(decibels, decibels) and not choice.is_near(decibels - 2.0, decibels)
-    assert "clean / dark" in choice.told(decibels, decibels, 1, 2, 3.0)
+    target = choice.Target.of(decibels, decibels)
+    assert target.reached(decibels) and not target.reached(decibels - 2.0)
+    assert "clean / dark" in choice.told(decibels, decibels, decibels, 1, 2, 3.0)
 
 
 def test_large_outputs_are_judged_by_some_of_their_values():

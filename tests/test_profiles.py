@@ -169,11 +169,20 @@ def powers(component: Component, largest: torch.Tensor, weighed: int | None = No
 def test_no_power_from_one_image_and_little_where_channels_change_from_image_to_image():
     (component, *_) = [c for c in components(uneven(net(lambda a, b: F.silu(a)))) if len(c.consumers) == 1]
     generator = torch.Generator().manual_seed(0)
-    steady = 2.0 ** torch.linspace(0, 5, 8).expand(12, -1)
+    steady = (2.0 ** torch.linspace(0, 5, 8)).repeat(12, 1)
     assert powers(component, steady[:1]) == [0.0]
     assert powers(component, steady)[0] > 0.5 and powers(component, steady, 8)[0] > 0.5
     shuffled = torch.stack([row[torch.randperm(8, generator=generator)] for row in steady])
-    assert powers(component, shuffled)[0] <= 0.25
+    assert powers(component, shuffled)[0] == 0.0
+
+
+def test_a_gain_that_may_be_chance_is_none(monkeypatch):
+    (component, *_) = [c for c in components(uneven(net(lambda a, b: F.silu(a)))) if len(c.consumers) == 1]
+    spread = torch.randn(12, 8, generator=torch.Generator().manual_seed(10))
+    largest = 2.0 ** (torch.linspace(0, 2, 8) + 0.5 * spread)
+    assert powers(component, largest) == [0.0]
+    monkeypatch.setattr(profiles, "_CERTAIN", 0.0)
+    assert powers(component, largest)[0] > 0.0
 
 
 def test_a_surrogate_is_not_worse_for_profiles():

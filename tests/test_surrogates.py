@@ -49,8 +49,8 @@ def test_range_fit_finds_the_least_error():
     alpha, beta = fit.fit("mse", 100.0)
     best = noise(-alpha, beta)
     assert all(best < noise(-alpha * a, beta * b) * 1.01 for a in (0.7, 1.0, 1.4) for b in (0.7, 1.0, 1.4))
-    mean, worst = fit.judge("mse", 100.0)
-    assert mean == pytest.approx(best, rel=0.1) and worst >= mean
+    mean, rms, worst = fit.judge("mse", 100.0)
+    assert mean == pytest.approx(best, rel=0.1) and worst >= rms >= mean
     below, above = fit.fit("minmax", 100.0)
     assert below >= -float(y.min()) and above >= float(y.max())
 
@@ -65,7 +65,7 @@ def test_what_samples_do_not_tell_stays_usual():
     probe.update(surrogates.probe_ranges(y, *relu), outputs, halves)
     assert law.fit("mse", 100.0)[0] == pytest.approx(4, rel=0.04)
     assert probe.fit("mse", 100.0) == pytest.approx((0.1, 0.1)) and none.fit("mse", 100.0) == pytest.approx((4, 4), rel=0.04)
-    assert probe.judge("mse", 100.0)[0] > 0 and none.judge("mse", 100.0) == (math.inf, math.inf)
+    assert probe.judge("mse", 100.0)[0] > 0 and none.judge("mse", 100.0) == (math.inf,) * 3
 
 
 def test_channel_factors_make_the_variance_right():
