@@ -1,16 +1,23 @@
 // Linear layers and convolutions, AVX2.
 //
-// vpmaddubsw saturates where two weights of one sign add up to more than 128 (255 * 128 < 2^15). A panel without such pairs,
-// as 7-bit weights are, is multiplied as it is packed: vpmaddubsw, vpmaddwd by ones and vpaddd for 4 inputs of 8 channels.
-// For any other panel both sides are widened to 16 bits, and vpmaddwd and vpaddd do 2 inputs of 8 channels. Its weights (those
-// of all blocks, where tiles are outside) are widened once per chunk of rows, two blocks together:
-//   [inputs / 2][32 channels][2 inputs] int16, or [inputs / 2][16 channels][2 inputs] of a block that is left over.
-// Where a few rows are all there is, they are widened in registers instead.
+// Bytes are multiplied by vpmaddubsw, vpmaddwd by ones and vpaddd: 4 inputs of 8 channels in 3 instructions, a clock where 3 ports do
+// these, 2 of them products. vpmaddubsw saturates where two neighbouring weights of a channel add up to more than 128 (255 * 128 < 2^15).
+// A step (4 inputs) of a block (16 channels) in which some do is multiplied as signs and magnitudes instead:
+//   w x = |w| (x - 128) + 128 w for w >= 0,   |w| (127 - x) + 127 w for w < 0
+// whose factors in parentheses are x ^ 0x80 and x ^ 0x7f as int8, and of which no two products exceed 2 * 127 * 128. That is a vpxor
+// more, 4/3 of a clock, as much as products in 16 bits take, but of the same bytes. The constants 128 w and 127 w join the zero point's
+// correction. So every layer is exact, and as fast as its weights let it be: those in [-64, 64] never need signs, normal ones do in a
+// step out of three, heavy-tailed ones less often.
 //
-// multiply.h has the register tiles. The driver's tile has 12 rows, which meet kPieceInputs inputs of the panel's blocks two
-// by two: L1 holds 256 x 32 weights (16 KB when widened), 12 x 256 inputs (6 KB) and 12 x 64 accumulators (3 KB).
+// Which steps need them is found once per chunk of rows, and two lists of steps are made per block; where a few rows are all there is,
+// they are multiplied in 16 bits from the packed bytes, at 7 instructions per 4 inputs of 8 channels.
+//
+// Register tile: 6 rows x 16 channels, 12 accumulators. 8 channels at a time keep their weights (and signs) in registers, and 6 inputs
+// are broadcast for each: 14 (16) loads beside 36 (48) instructions that calculate. Memory operands would cost 5 to 14 % (Golden Cove).
+// The driver's tile has 24 rows, and L1 holds those of a step's neighbours; weights come from L2 at 5 (8) bytes per clock.
 // winograd.h does 3x3 convolutions of stride 1 in fewer products.
 // dense_driver.h has the order of the loops and the budget of L2.
+#define PROBQUANT_TILE_ROWS 24
 #include "../dense_driver.h"
 #include "multiply.h"
 #include "winograd.h"
@@ -22,17 +29,21 @@ namespace {
 
 enum class Output { codes, floats, range };
 
-constexpr int64_t kPieceInputs = 256;
 constexpr int64_t kPanelChannels = kPanelBlocks * kBlockChannels;
-constexpr int64_t kStepWords = 4 * kBlockChannels;  ///< widened weights of a block's step
+constexpr int64_t kStreamedAhead = 1024;  ///< bytes that weights of a few rows are prefetched ahead
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights
 
-/// How tiles multiply: bytes by packed bytes, words by packed bytes that are widened in registers, words by widened weights.
-enum class Form { bytes, packed, widened };
+/// A block's steps, sorted by how they are multiplied. Steps are named by the offset of their inputs, 4 times their index.
+struct BlockSteps {
+  uint32_t *plain, *heavy;
+  uint32_t* before;      ///< [steps + 1]: how many signed ones come before
+  uint8_t* words;        ///< of the signed ones, [32 magnitudes, 32 signs] of 8 channels and of 8 more
+  int32_t* corrections;  ///< [signed steps + 1][16]: 128 w or 127 w of all the signed ones before
+};
 
-/// Weights that tiles meet: neighbouring blocks, widened where they have to be.
+/// Weights that tiles meet: neighbouring blocks, with their lists where tiles use these.
 class Weights {
  public:
   explicit Weights(const PackedLayout& packed) : layout(packed) {}
@@ -41,141 +52,172 @@ class Weights {
   void set(const uint8_t* block, int64_t blocks, int64_t rows) {
     constexpr int64_t kFewRows = 4;
     first = block;
-    form = rows <= kFewRows ? Form::packed : saturates(block, blocks) ? Form::widened : Form::bytes;
-    if (form == Form::widened) widen(block, blocks);
+    few_rows = rows <= kFewRows;
+    if (few_rows) return;
+    if (blocks > room) memory.emplace(blocks * block_bytes() / 2), room = blocks;
+    for (int64_t b = 0; b < blocks; ++b) sort(block + b * layout.block_bytes + sizeof(BlockHeader), steps_at(b));
   }
 
-  Form form = Form::packed;
+  bool few_rows = true;
 
-  /// Widened ones of a block that is the first of two.
-  const int16_t* at(const uint8_t* block) const { return words->get() + (block - first) / layout.block_bytes * block_words(); }
-  int64_t block_words() const { return layout.steps * kStepWords; }
+  BlockSteps steps_of(const uint8_t* block) const { return steps_at((block - first) / layout.block_bytes); }
 
  private:
-  bool saturates(const uint8_t* block, int64_t blocks) const {
-    const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(1);
-    __m256i most = zero, least = zero;  // sums of the positive and of the negative ones of every two
-    for (int64_t b = 0; b < blocks; ++b, block += layout.block_bytes) {
-      for (const uint8_t *w = block + sizeof(BlockHeader), *const end = w + layout.steps * kStreamBytes; w < end; w += 32) {
-        const __m256i v = load_unaligned(w);
-        most = _mm256_max_epi16(most, _mm256_maddubs_epi16(ones, _mm256_max_epi8(v, zero)));
-        least = _mm256_min_epi16(least, _mm256_maddubs_epi16(ones, _mm256_min_epi8(v, zero)));
-        if ((w - block) % 1024 == 0 && any_beyond(most, least)) return true;
-      }
-    }
-    return any_beyond(most, least);
-  }
-  static bool any_beyond(__m256i most, __m256i least) {
-    const __m256i limit = _mm256_set1_epi16(128);
-    const __m256i beyond = _mm256_or_si256(_mm256_cmpgt_epi16(most, limit), _mm256_cmpgt_epi16(_mm256_sub_epi16(_mm256_setzero_si256(), least), limit));
-    return !_mm256_testz_si256(beyond, beyond);
+  static constexpr int64_t kSignedBytes = 2 * kStreamBytes;
+
+  int64_t list_bytes() const { return (layout.steps + 16) / 16 * 64; }
+  int64_t block_bytes() const { return 3 * list_bytes() + layout.steps * kSignedBytes + (layout.steps + 1) * kBlockChannels * 4; }
+  BlockSteps steps_at(int64_t b) const {
+    uint8_t* at = reinterpret_cast<uint8_t*>(memory->get()) + b * block_bytes();
+    const auto list = [&](int64_t i) { return reinterpret_cast<uint32_t*>(at + i * list_bytes()); };
+    uint8_t* const words = at + 3 * list_bytes();
+    return {list(0), list(1), list(2), words, reinterpret_cast<int32_t*>(words + layout.steps * kSignedBytes)};
   }
 
-  void widen(const uint8_t* block, int64_t blocks) {
-    if (blocks > room) words.emplace(blocks * block_words()), room = blocks;
-    int16_t* to = words->get();
-    for (int64_t b = 0; b < blocks; b += 2, block += 2 * layout.block_bytes) {
-      const int64_t together = min_i(blocks - b, 2);
-      for (int64_t step = 0; step < layout.steps; ++step, to += together * kStepWords)
-        for (int64_t half = 0; half < 2 * together; ++half) {
-          const uint8_t* from = block + half / 2 * layout.block_bytes + sizeof(BlockHeader) + step * kStreamBytes + half % 2 * 32;
-          const auto channels = [from](int i) {  // 4 channels x 4 inputs
-            return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
-          };
-          __m256i pairs[2];
-          separate_pairs(channels(0), channels(1), pairs);
-          store(to + half * 16, pairs[0]);
-          store(to + (2 * together + half) * 16, pairs[1]);
-        }
+  void sort(const uint8_t* stream, const BlockSteps& to) const {
+    const __m256i ones = _mm256_set1_epi8(1), limit = _mm256_set1_epi16(128);
+    uint32_t count = 0;
+    for (int64_t step = 0; step < layout.steps; ++step) {
+      const auto beyond = [&](int64_t half) {
+        return _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, load_unaligned(stream + step * kStreamBytes + half * 32))), limit);
+      };
+      const __m256i any = _mm256_or_si256(beyond(0), beyond(1));
+      to.plain[step - count] = to.heavy[count] = static_cast<uint32_t>(4 * step);
+      to.before[step] = count;
+      count += !_mm256_testz_si256(any, any);
     }
+    to.before[layout.steps] = count;
+
+    const __m256i zero = _mm256_setzero_si256(), pairs = _mm256_set1_epi16(1);
+    __m256i correction[2] = {zero, zero};
+    for (int64_t i = 0; i < count; ++i)
+      for (int half = 0; half < 2; ++half) {
+        const __m256i w = load_unaligned(stream + int64_t{to.heavy[i]} * (kStreamBytes / 4) + half * 32), negative = _mm256_cmpgt_epi8(zero, w);
+        uint8_t* const words = to.words + i * kSignedBytes + half * 64;
+        store(words, _mm256_abs_epi8(w));
+        store(words + 32, _mm256_xor_si256(negative, _mm256_set1_epi8(-128)));
+        store(to.corrections + i * kBlockChannels + half * 8, correction[half]);
+        const __m256i upper = _mm256_maddubs_epi16(ones, _mm256_andnot_si256(negative, w)), lower = _mm256_maddubs_epi16(ones, _mm256_and_si256(negative, w));
+        correction[half] = _mm256_add_epi32(correction[half], _mm256_madd_epi16(upper, _mm256_slli_epi16(pairs, 7)));
+        correction[half] = _mm256_add_epi32(correction[half], _mm256_madd_epi16(lower, _mm256_set1_epi16(127)));
+      }
+    for (int half = 0; half < 2; ++half) store(to.corrections + int64_t{count} * kBlockChannels + half * 8, correction[half]);
   }
 
   const PackedLayout& layout;
   const uint8_t* first = nullptr;
   int64_t room = 0;  ///< blocks
-  std::optional<AlignedWords> words;
+  std::optional<AlignedWords> memory;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Register tiles
 
-/// Steps of a piece: neighbouring inputs of every row, and the weights they meet.
-struct Stretch {
-  const uint8_t* const* rows;
-  int64_t x_offset;    ///< from a row's pointer
-  int64_t weights;     ///< first step of the packed stream
-  int64_t begin, end;  ///< steps of the piece
-};
-
-struct Piece {
-  int stretches = 0;
-  int64_t steps = 0;
-  Stretch stretch[kCallSegments];
-  alignas(32) int16_t x[kTileRows][kPieceInputs];  ///< widened inputs
-};
-
-inline void widen(const uint8_t* from, int64_t steps, int16_t* to) {
-  int64_t k = 0;
-  for (; k + 4 <= steps; k += 4) store(to + 4 * k, _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * k))));
-  for (; k < steps; ++k) {
-    int32_t four;
-    __builtin_memcpy(&four, from + 4 * k, 4);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 4 * k), _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
-  }
+inline __m256i load_lanes(const int32_t* from, int64_t n) {
+  if (n >= 8) return load_unaligned(from);
+  return _mm256_maskload_epi32(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
 }
 
-/// What the kernels of a piece take: register tiles of rows from `row` on.
-struct PieceOperands {
-  const Piece& piece;
-  int row, tiles;
-  const uint8_t* bytes;  ///< packed stream of the first block
-  int64_t block_bytes;
-  const int16_t* words;  ///< widened weights of the blocks
-  const int32_t* start;  ///< what the products are added to, [row of the driver's tile][start_stride]
+/// What the kernels of a block take: `tiles` register tiles of rows from `row` on.
+struct BlockOperands {
+  const TileInput& in;
+  const uint8_t* stream;
+  BlockSteps steps;
+  const int32_t* correction;  ///< of the signed steps that the tile meets
+  const int32_t* start;       ///< what the products are added to, [row of the driver's tile][start_stride]
   int64_t start_stride;
   int32_t* out;
   int64_t stride;
 };
 
-/// Adds the products of a piece, in 16 bits.
-template <int kRows, int kVectors>
-void multiply_words(const PieceOperands& o) {
-  for (int tile = 0, row = o.row; tile < o.tiles; ++tile, row += kRows) {
-    Accumulators<kRows, kVectors> acc;
-    acc.load_from(o.start + row * o.start_stride, o.start_stride);
-    for (int s = 0; s < o.piece.stretches; ++s) {
-      const Stretch& stretch = o.piece.stretch[s];
-      acc.add_words(o.piece.x[row] + 4 * stretch.begin, kPieceInputs, o.words + stretch.weights * kVectors * 32, stretch.end - stretch.begin);
-    }
-    acc.store_to(o.out + row * o.stride, o.stride);
+/// Adds to the sums of 8 channels a step's products of 6 inputs, which `x + at` points to.
+template <bool kSigned, int kRows>
+__attribute__((always_inline)) inline void add_bytes(Accumulators<kRows>& acc, int j, const uint8_t* const (&x)[kRows], int64_t at, const uint8_t* w, __m256i ones) {
+  __m256i weight = load_unaligned(w), sign;
+  asm("" : "+x"(weight), "+r"(at));  // in registers; and inputs are broadcast for each 8 channels, as there are none to keep them in
+  if (kSigned) {
+    sign = load(w + 32);
+    asm("" : "+x"(sign));
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    int32_t four;
+    __builtin_memcpy(&four, x[i] + at, 4);
+    __m256i v = _mm256_set1_epi32(four);
+    v = kSigned ? _mm256_maddubs_epi16(weight, _mm256_xor_si256(v, sign)) : _mm256_maddubs_epi16(v, weight);
+    acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], _mm256_madd_epi16(v, ones));
+    asm("" : "+x"(acc.sum[i][j]));  // or two products are added first, and wait for it in memory
   }
 }
 
-/// The same in 8 bits, of weights that do not saturate.
-template <int kRows, int kVectors>
-void multiply_bytes(const PieceOperands& o) {
+template <int kRows>
+void multiply_sorted(const BlockOperands& o, int row, int tiles) {
   __m256i ones = _mm256_set1_epi16(1);
   asm("" : "+x"(ones));  // or it would be a memory operand
-  for (int tile = 0, row = o.row; tile < o.tiles; ++tile, row += kRows) {
-    Accumulators<kRows, kVectors> acc;
+  for (; tiles > 0; --tiles, row += kRows) {
+    Accumulators<kRows> acc;
     acc.load_from(o.start + row * o.start_stride, o.start_stride);
-    for (int s = 0; s < o.piece.stretches; ++s) {
-      const Stretch& stretch = o.piece.stretch[s];
-      const uint8_t *w = o.bytes + stretch.weights * kStreamBytes, *x[kRows];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256i correction = load(o.correction + 8 * j);
 #pragma GCC unroll 6
-      for (int i = 0; i < kRows; ++i) x[i] = stretch.rows[row + i] + stretch.x_offset;
-      for (int64_t at = 0, end = 4 * (stretch.end - stretch.begin); at < end; at += 4, w += kStreamBytes) {
+      for (int i = 0; i < kRows; ++i) acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], correction);
+    }
+    for (int s = 0; s < o.in.segment_count; ++s) {
+      const Segment& segment = o.in.segments[s];
+      const uint8_t* const* const rows = o.in.rows + s * o.in.row_step + row;
+      const int64_t begin = segment.weight_offset / kStreamBytes, end = begin + segment.steps;
+      const int64_t heavy_begin = o.steps.before[begin], heavy_end = o.steps.before[end];
+      const uint8_t* x[kRows];
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) x[i] = rows[i] + segment.x_offset - 4 * begin;
+      const uint8_t* const stream = o.stream;
+      for (const uint32_t *step = o.steps.plain + (begin - heavy_begin), *const stop = o.steps.plain + (end - heavy_end); step != stop; ++step) {
+        const int64_t at = *step;
+        const uint8_t* const w = stream + at * (kStreamBytes / 4);
+        add_bytes<false>(acc, 0, x, at, w, ones);
+        add_bytes<false>(acc, 1, x, at, w + 32, ones);
+      }
+      const uint8_t* w = o.steps.words + heavy_begin * 2 * kStreamBytes;
+      for (const uint32_t *step = o.steps.heavy + heavy_begin, *const stop = o.steps.heavy + heavy_end; step != stop; ++step, w += 2 * kStreamBytes) {
+        const int64_t at = *step;
+        add_bytes<true>(acc, 0, x, at, w, ones);
+        add_bytes<true>(acc, 1, x, at, w + 64, ones);
+      }
+    }
+    acc.store_to(o.out + row * o.stride, o.stride);
+  }
+}
+
+/// In 16 bits, of packed weights: inputs 0 and 2 of a step, then 1 and 3.
+template <int kRows>
+void multiply_words(const BlockOperands& o, int row, int tiles) {
+  for (; tiles > 0; --tiles, row += kRows) {
+    Accumulators<kRows> acc;
+    acc.load_from(o.start + row * o.start_stride, o.start_stride);
+    for (int s = 0; s < o.in.segment_count; ++s) {
+      const Segment& segment = o.in.segments[s];
+      const uint8_t* const* const rows = o.in.rows + s * o.in.row_step + row;
+      const uint8_t *w = o.stream + segment.weight_offset, *x[kRows];
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) x[i] = rows[i] + segment.x_offset;
+      for (int64_t at = 0; at < 4 * segment.steps; at += 4, w += kStreamBytes) {
+        __m256i even[2], odd[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          const __m256i v = load_unaligned(w + 32 * j);
+          even[j] = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+          odd[j] = _mm256_srai_epi16(v, 8);
+          __builtin_prefetch(w + 32 * j + kStreamedAhead);
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < kRows; ++i) {
-          asm("" : "+r"(w));
           int32_t four;
           __builtin_memcpy(&four, x[i] + at, 4);
-          const __m256i v = _mm256_set1_epi32(four);
-#pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) {
-            const __m256i two = _mm256_maddubs_epi16(v, load_unaligned(w + j / 2 * o.block_bytes + j % 2 * 32));
-            acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], _mm256_madd_epi16(two, ones));
-          }
+          const __m256i v = _mm256_set1_epi32(four), even_x = _mm256_and_si256(v, _mm256_set1_epi16(255)), odd_x = _mm256_srli_epi16(v, 8);
+#pragma GCC unroll 2
+          for (int j = 0; j < 2; ++j)
+            acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], _mm256_add_epi32(_mm256_madd_epi16(even_x, even[j]), _mm256_madd_epi16(odd_x, odd[j])));
         }
       }
     }
@@ -183,117 +225,87 @@ void multiply_bytes(const PieceOperands& o) {
   }
 }
 
-/// Words by packed bytes. Widening leaves 8 channels in the order 0 1 4 5 2 3 6 7.
-template <int kRows, int kVectors>
-void multiply_packed(const PieceOperands& o) {
-  for (int tile = 0, row = o.row; tile < o.tiles; ++tile, row += kRows) {
-    Accumulators<kRows, kVectors> acc;
-    acc.load_from(o.start + row * o.start_stride, o.start_stride);
-    acc.exchange_middle();
-    for (int s = 0; s < o.piece.stretches; ++s) {
-      const Stretch& stretch = o.piece.stretch[s];
-      const uint8_t* w = o.bytes + stretch.weights * kStreamBytes;
-      for (int64_t step = stretch.begin; step < stretch.end; ++step, w += kStreamBytes) {
-        __m256i x[kRows][2];
-#pragma GCC unroll 6
-        for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-          for (int pair = 0; pair < 2; ++pair) {
-            int32_t two;
-            __builtin_memcpy(&two, o.piece.x[row + i] + 4 * step + 2 * pair, 4);
-            x[i][pair] = _mm256_set1_epi32(two);
-          }
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) {
-          const auto channels = [&](int i) {
-            const uint8_t* from = w + j / 2 * o.block_bytes + j % 2 * 32 + 16 * i;
-            return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-          };
-          const __m256 low = channels(0), high = channels(1);
-          const __m256i pairs[2] = {_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd))};
-#pragma GCC unroll 6
-          for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-            for (int pair = 0; pair < 2; ++pair) acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], _mm256_madd_epi16(x[i][pair], pairs[pair]));
-        }
-      }
-    }
-    acc.exchange_middle();
-    acc.store_to(o.out + row * o.stride, o.stride);
-  }
-}
-
-constexpr TileKernels<void (*)(const PieceOperands&)> kPieceKernels[] = {PROBQUANT_TILES(multiply_bytes), PROBQUANT_TILES(multiply_packed),
-                                                                         PROBQUANT_TILES(multiply_words)};  ///< by Form
+constexpr TileKernels<void (*)(const BlockOperands&, int row, int tiles)> kSorted = PROBQUANT_TILES(multiply_sorted), kWords = PROBQUANT_TILES(multiply_words);
 
 /// Accumulators of a tile, [blocks * 16] per row.
 class TileMultiplier {
  public:
-  void operator()(const TileInput& in, int tile_rows, const Panel& panel, const Weights& weights, int32_t* out) {
-    rows = tile_rows;
-    blocks = panel.blocks;
-    first = !in.partial;
-    if (first) start(in);
-    for (int s = 0; s < in.segment_count; ++s) {
-      const Segment& segment = in.segments[s];
-      for (int64_t done = 0; done < segment.steps;) {
-        const int64_t steps = min_i(segment.steps - done, kPieceInputs / 4 - piece.steps);
-        const uint8_t* const* from = in.rows + s * in.row_step;
-        const int64_t offset = segment.x_offset + 4 * done;
-        if (weights.form != Form::bytes)
-          for (int i = 0; i < rows; ++i) widen(from[i] + offset, steps, piece.x[i] + 4 * piece.steps);
-        piece.stretch[piece.stretches++] = {from, offset, segment.weight_offset / kStreamBytes + done, piece.steps, piece.steps + steps};
-        piece.steps = (piece.steps + steps + 3) / 4 * 4;  // keeps the widened vectors aligned
-        done += steps;
-        if (piece.steps == kPieceInputs / 4 || piece.stretches == kCallSegments) flush(in, panel, weights, out);
+  void operator()(TileInput& in, int rows, const Panel& panel, const Weights& weights, int32_t* out) {
+    const int64_t stride = panel.blocks * kBlockChannels;
+    if (!in.partial) start(in, rows, panel);
+    const TileInput whole = in;
+    if (in.segment_count >= kManySegments && in.segments[0].steps <= kShortSteps) join(in, rows);
+    alignas(32) int32_t correction[kBlockChannels];
+    BlockOperands operands{in, in.weights, {}, correction, in.partial ? in.partial : initial, in.partial ? stride : initial_stride, out, stride};
+    for (int b = 0; b < panel.blocks; ++b) {
+      if (!weights.few_rows) {
+        operands.steps = weights.steps_of(panel.block + b * in.block_bytes);
+        correct(in, operands.steps, correction);
       }
+      for_each_part(rows, [&](int row, int count, int tiles) { (weights.few_rows ? kWords : kSorted).of[count - 1](operands, row, tiles); });
+      operands.stream += in.block_bytes;
+      operands.start += kBlockChannels;
+      operands.out += kBlockChannels;
     }
-    if (piece.stretches > 0 || first) flush(in, panel, weights, out);
+    in = whole;
   }
 
  private:
   /// Sets `initial` to -zero point * sum of the weights: one row, or all.
-  void start(const TileInput& in) {
-    initial_stride = in.one_zero_point ? 0 : blocks * kBlockChannels;
+  void start(const TileInput& in, int rows, const Panel& panel) {
+    const int64_t stride = panel.blocks * kBlockChannels;
+    initial_stride = in.one_zero_point ? 0 : stride;
     for (int i = 0; i < (in.one_zero_point ? 1 : rows); ++i)
-      for (int64_t c = 0; c < blocks * kBlockChannels; c += 8) {
+      for (int64_t c = 0; c < stride; c += 8) {
         const __m256i sum = load_unaligned(in.weight_sums + c / kBlockChannels * in.sums_step + c % kBlockChannels * 4);
         store(initial + i * initial_stride + c, _mm256_mullo_epi32(sum, _mm256_set1_epi32(-in.zero_points[i])));
       }
   }
 
-  /// Adds the products of the piece, and empties it.
-  void flush(const TileInput& in, const Panel& panel, const Weights& weights, int32_t* out) {
-    const int16_t* words = weights.form == Form::widened ? weights.at(panel.block) : nullptr;
-    const int64_t stride = blocks * kBlockChannels;
-    for (int b = 0; b < blocks; b += 2) {
-      const bool two = b + 2 <= blocks;
-      for_each_part(rows, two, [&](int row, int count, int tiles) {
-        const int64_t channel = b * kBlockChannels;
-        const PieceOperands operands{piece, row, tiles, in.weights + b * in.block_bytes, in.block_bytes, words + (words ? b * weights.block_words() : 0),
-                                     (first ? initial : out) + channel, first ? initial_stride : stride, out + channel, stride};
-        kPieceKernels[static_cast<int>(weights.form)].of[two][count - 1](operands);
-      });
+  /// Constants of the signed steps that the segments meet.
+  static void correct(const TileInput& in, const BlockSteps& steps, int32_t* to) {
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int s = 0; s < in.segment_count; ++s) {
+      const int64_t begin = in.segments[s].weight_offset / kStreamBytes, end = begin + in.segments[s].steps;
+      const int32_t *const from = steps.corrections + int64_t{steps.before[begin]} * kBlockChannels, *const until = steps.corrections + int64_t{steps.before[end]} * kBlockChannels;
+      for (int j = 0; j < 2; ++j) sum[j] = _mm256_add_epi32(sum[j], _mm256_sub_epi32(load(until + 8 * j), load(from + 8 * j)));
     }
-    piece.steps = 0;
-    piece.stretches = 0;
-    first = false;
+    for (int j = 0; j < 2; ++j) store(to + 8 * j, sum[j]);
   }
 
-  int rows = 0, blocks = 0;
-  bool first = true;  ///< the accumulators are still to be started
+  /// Many short segments that follow each other in the weights are copied to follow each other in x: two short loops of each take longer.
+  void join(TileInput& in, int rows) {
+    const int64_t steps = in.segments[0].steps, total = steps * in.segment_count;
+    if (total * 4 > kJoinedBytes) return;
+    for (int s = 1; s < in.segment_count; ++s)
+      if (in.segments[s].steps != steps || in.segments[s].weight_offset != in.segments[0].weight_offset + s * steps * kStreamBytes) return;
+    for (int i = 0; i < rows; ++i) {
+      uint8_t* to = joined_rows[i] = joined[i];
+      for (int s = 0; s < in.segment_count; ++s, to += 4 * steps) {
+        const uint8_t* const from = in.rows[s * in.row_step + i] + in.segments[s].x_offset;
+        for (int64_t k = 0; k < steps; k += 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * k), load_lanes(reinterpret_cast<const int32_t*>(from) + k, steps - k));
+      }
+    }
+    joined_segment = {0, in.segments[0].weight_offset, total};
+    in.segments = &joined_segment;
+    in.segment_count = 1;
+    in.rows = joined_rows;
+    in.row_step = 0;
+  }
+
+  static constexpr int kManySegments = 3;
+  static constexpr int64_t kShortSteps = 16, kJoinedBytes = 512;
+
   int64_t initial_stride = 0;
   alignas(32) int32_t initial[kTileRows * kPanelChannels];
-  Piece piece;
+  Segment joined_segment;
+  uint8_t* joined_rows[kTileRows];
+  alignas(32) uint8_t joined[kTileRows][kJoinedBytes + 32];
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogue
 
-inline __m256i load_lanes(const int32_t* from, int64_t n) {
-  if (n >= 8) return load_unaligned(from);
-  return _mm256_maskload_epi32(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
-}
 inline void store_lanes(int32_t* to, __m256i v, int64_t n) {
   if (n >= 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
   _mm256_maskstore_epi32(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v);
@@ -333,7 +345,7 @@ class DenseKernel {
  public:
   static constexpr bool kPrefetches = false;    ///< the next panel's weights, by itself
   static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
-  static constexpr int64_t weights_in_cache = 96 << 10;  ///< of packed ones; twice that when widened
+  static constexpr int64_t weights_in_cache = 96 << 10;  ///< of packed ones; signs and magnitudes come to that
   static constexpr int64_t kInputInCache = 256 << 10;
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kPanelBlocks)); }
@@ -381,7 +393,7 @@ class DenseKernel {
   void start_tile(const Tile&) {}
 
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
-    driver.accumulate(tile, panel, [&](const TileInput& in, bool) { multiply(in, tile.rows, panel, weights, driver.partial); });
+    driver.accumulate(tile, panel, [&](TileInput& in, bool) { multiply(in, tile.rows, panel, weights, driver.partial); });
     for (int i = 0, next; i < tile.rows; i = next) {
       for (next = i + 1; next < tile.rows && tile.sample[next] == tile.sample[i];) ++next;
       finish_rows(tile.row + i, next - i, tile.sample[i], driver.partial + i * panel.blocks * kBlockChannels, panel.blocks * kBlockChannels, panel);

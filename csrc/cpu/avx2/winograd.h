@@ -7,8 +7,8 @@
 // Padding is 0, and no sum of weights is needed. B^T has rows (1 0 -1 0), (0 1 1 0), (0 -1 1 0), (0 1 0 -1), 2G has
 // (2 0 0), (1 1 1), (1 -1 1), (0 0 2), and A^T (1 1 1 0), (0 1 -1 -1).
 //
-// A chunk of tiles is transformed once: V [16][tiles][channels]. Then, for 32 output channels at a time, U [16][inputs / 2]
-// [32 channels][2 inputs] is made of the packed weights, and 12 tiles at a time are multiplied, position by position, and
+// A chunk of tiles is transformed once: V [16][tiles][channels]. Then, for 32 output channels at a time, U [16][block][inputs / 2]
+// [16 channels][2 inputs] is made of the packed weights, and 12 tiles at a time are multiplied, position by position, and
 // transformed back. V and U come from L2 or L3, 4 bytes per clock of the multiplication; the sums of 12 tiles are 24 KB.
 #pragma once
 #include "../kernels.h"
@@ -69,7 +69,7 @@ class Winograd {
  private:
   static constexpr int64_t kPositions = 16, kTogether = 12, kPanel = 2 * kBlockChannels;
   static constexpr int64_t kInputBytes = 512 << 10;  // of V
-  static constexpr int64_t kPieceInputs = 256;       // 16 KB of U in L1
+  static constexpr int64_t kPieceInputs = 512;       // 16 KB of U in L1
 
   static int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
 
@@ -135,36 +135,37 @@ class Winograd {
   }
 
   void transform_weights(const Panel& panel, int16_t* u) {
-    const int64_t vectors = 2 * panel.blocks, pair_words = vectors * 16, position_words = inputs / 2 * pair_words;
-    for (int64_t step = 0; step < inputs / 4; ++step, u += 2 * pair_words) {
-      for (int64_t half = 0; half < vectors; ++half) {
-        const uint8_t* from = panel.block + half / 2 * p.layout.block_bytes + sizeof(BlockHeader) + step * kStreamBytes + half % 2 * 32;
-        __m256i low[4][4], high[4][4];
-        transform_quad(from, low);
-        transform_quad(from + 16, high);
-#pragma GCC unroll 16
-        for (int i = 0; i < kPositions; ++i) {
-          __m256i pairs[2];
-          separate_pairs(low[i / 4][i % 4], high[i / 4][i % 4], pairs);
-          store(u + i * position_words + half * 16, pairs[0]);
-          store(u + i * position_words + pair_words + half * 16, pairs[1]);
-        }
-      }
-    }
     blocks = panel.blocks;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t step = 0; step < inputs / 4; ++step)
+        for (int64_t half = 0; half < 2; ++half) {
+          const uint8_t* from = panel.block + b * p.layout.block_bytes + sizeof(BlockHeader) + step * kStreamBytes + half * 32;
+          int16_t* to = u + b * block_words() + step * 4 * kBlockChannels + half * 16;
+          __m256i low[4][4], high[4][4];
+          transform_quad(from, low);
+          transform_quad(from + 16, high);
+#pragma GCC unroll 16
+          for (int i = 0; i < kPositions; ++i) {
+            __m256i pairs[2];
+            separate_pairs(low[i / 4][i % 4], high[i / 4][i % 4], pairs);
+            store(to + i * blocks * block_words(), pairs[0]);
+            store(to + i * blocks * block_words() + 2 * kBlockChannels, pairs[1]);
+          }
+        }
   }
+  int64_t block_words() const { return inputs * kBlockChannels; }  ///< of U, at a position
 
   /// Sums over the inputs: sums[position][tile][32 channels].
   void multiply(const int16_t* v, int64_t step, const int16_t* u, int64_t together) {
-    const bool two = blocks == 2;
     for (int64_t position = 0; position < kPositions; ++position)
-      for (int64_t k = 0; k < inputs; k += kPieceInputs) {
-        const int64_t steps = (inputs - k < kPieceInputs ? inputs - k : kPieceInputs) / 4;
-        for_each_part(static_cast<int>(together), two, [&](int row, int rows, int tiles) {
-          kKernels.of[two][rows - 1](v + position * step + row * inputs + k, inputs, u + (position * inputs + k) * blocks * kBlockChannels, steps, tiles,
-                                     sums[position][row], k > 0);
-        });
-      }
+      for (int64_t b = 0; b < blocks; ++b, u += block_words())
+        for (int64_t k = 0; k < inputs; k += kPieceInputs) {
+          const int64_t steps = (inputs - k < kPieceInputs ? inputs - k : kPieceInputs) / 4;
+          for_each_part(static_cast<int>(together), [&](int row, int rows, int tiles) {
+            kKernels.of[rows - 1](v + position * step + row * inputs + k, inputs, u + k * kBlockChannels, steps, tiles,
+                                  sums[position][row] + b * kBlockChannels, k > 0);
+          });
+        }
   }
 
   /// Transforms a tile's sums back and finishes those of its 4 rows that the range has.
@@ -195,10 +196,10 @@ class Winograd {
   }
 
   /// Products of rows of V, in place of the sums or added to them.
-  template <int kRows, int kVectors>
+  template <int kRows>
   static void multiply_rows(const int16_t* v, int64_t stride, const int16_t* u, int64_t steps, int tiles, int32_t* out, bool add) {
     for (; tiles > 0; --tiles, v += kRows * stride, out += kRows * kPanel) {
-      Accumulators<kRows, kVectors> acc;
+      Accumulators<kRows> acc;
       if (add) acc.load_from(out, kPanel);
       else acc.clear();
       acc.add_words(v, stride, u, steps);
