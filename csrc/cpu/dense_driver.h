@@ -29,6 +29,7 @@ constexpr int kCallSegments = 16;        // segments that one call of a register
 constexpr int64_t kShortLine = 7;        // lines of fewer positions are not worth parts of their own
 constexpr int64_t kPieceBytes = 256;     // longest segment of a table
 constexpr int64_t kChunkSamples = 128;   // whose constants and counters a thread holds
+constexpr int64_t kUpcomingBytes = 1 << 20;  // of what comes behind the layer, brought to L2: half of it
 constexpr int64_t kChunkRows = 16384;    // keeps 32-bit partial moments far from overflow
 
 constexpr int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -155,13 +156,16 @@ class DenseDriver {
       const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
       const int64_t max_rows = part_rows ? 2 * part_rows : Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= kernel.weights_in_cache && !p.channel_stats;
+      const bool brings = !Kernel::kPrefetches && reads_x, last_group = group == last_block / layout.group_blocks;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
         kernel.start_chunk(begin, end);
         if (tiles_outside) {
           if (begin == range.row_begin) kernel.start_weights(p.packed_weight + (base + b0) * layout.block_bytes, b1 - b0, rows);
+          Ahead ahead = brings && last_group ? behind_layer(rows, max_rows) : Ahead();
           for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
+            ahead.bring();
             kernel.start_tile(tile);
             for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
           });
@@ -170,12 +174,12 @@ class DenseDriver {
           for (int64_t b = b0; b < b1;) {
             const int64_t blocks = min_i(b1 - b, max_i(Kernel::panel_blocks(b1 - b), together)), bytes = blocks * layout.block_bytes;
             const uint8_t* const block = p.packed_weight + (base + b) * layout.block_bytes;
-            const uint8_t* ahead = block + bytes;
-            const uint8_t* const stop = b + blocks < b1 && !Kernel::kPrefetches && reads_x ? ahead + bytes : ahead;
+            Ahead ahead;
+            if (brings && b + blocks < b1) ahead = Ahead(block + bytes, bytes, end - begin, max_rows);
+            else if (brings && last_group && end == range.row_end) ahead = behind_layer(end - begin, max_rows);
             kernel.start_weights(block, blocks, end - begin);
-            const int64_t share = ceil_div(bytes * max_rows, (end - begin) * 64) * 64;  // of a tile
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
-              for (const uint8_t* const to = ahead + min_i(share, stop - ahead); ahead < to; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+              ahead.bring();
               kernel.start_tile(tile);
               for_each_panel<Kernel>(b, b + blocks, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
             });
@@ -218,6 +222,22 @@ class DenseDriver {
   alignas(64) int32_t partial[kTileRows * kPanelBlocks * kBlockChannels];
 
  private:
+  /// Bytes that the tiles of so many rows bring to L2, each its share.
+  struct Ahead {
+    const uint8_t *at = nullptr, *end = nullptr;
+    int64_t share = 0;
+
+    Ahead() = default;
+    Ahead(const uint8_t* from, int64_t bytes, int64_t rows, int64_t tile_rows)
+        : at(from), end(from + bytes), share(ceil_div(bytes * tile_rows, rows * 64) * 64) {}
+    void bring() {
+      for (const uint8_t* const to = at + min_i(share, end - at); at < to; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+  Ahead behind_layer(int64_t rows, int64_t tile_rows) const {
+    return Ahead(static_cast<const uint8_t*>(p.upcoming.data), min_i(p.upcoming.bytes, kUpcomingBytes), rows, tile_rows);
+  }
+
   /// Next tap, and byte of it, to hand out.
   struct Cursor {
     int64_t ky, kx, byte;

@@ -33,7 +33,6 @@ constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a t
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 constexpr int64_t kSegmentsApart = 3;                     ///< kernel rows of a few bytes that are tiles of their own
-constexpr int64_t kUpcomingBytes = 1 << 20;               ///< half of L2
 
 /// [blocks - 1]
 template <bool kOneSample, bool kResidual, Clamp kClamp>

@@ -41,6 +41,13 @@ struct BlockSteps {
   uint32_t* before;      ///< [steps + 1]: how many signed ones come before
   uint8_t* words;        ///< of the signed ones, [32 magnitudes, 32 signs] of 8 channels and of 8 more
   int32_t* corrections;  ///< [signed steps + 1][16]: 128 w or 127 w of all the signed ones before
+
+  /// Adds the constants of a segment's.
+  void correct(const Segment& segment, __m256i (&sum)[2]) const {
+    const int64_t begin = segment.weight_offset / kStreamBytes, end = begin + segment.steps;
+    const int32_t *const from = corrections + int64_t{before[begin]} * kBlockChannels, *const until = corrections + int64_t{before[end]} * kBlockChannels;
+    for (int j = 0; j < 2; ++j) sum[j] = _mm256_add_epi32(sum[j], _mm256_sub_epi32(load(until + 8 * j), load(from + 8 * j)));
+  }
 };
 
 /// Weights that tiles meet: neighbouring blocks, with their lists where tiles use these.
@@ -113,17 +120,17 @@ class Weights {
 // ---------------------------------------------------------------------------------------------------------------------
 // Register tiles
 
-inline __m256i load_lanes(const int32_t* from, int64_t n) {
-  if (n >= 8) return load_unaligned(from);
-  return _mm256_maskload_epi32(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+/// The first n lanes of 8; n may be more.
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline __m256i load_lanes(const int32_t* from, int64_t n) { return n >= 8 ? load_unaligned(from) : _mm256_maskload_epi32(from, first_lanes(n)); }
 
 /// What the kernels of a block take: `tiles` register tiles of rows from `row` on.
 struct BlockOperands {
   const TileInput& in;
   const uint8_t* stream;
   BlockSteps steps;
-  const int32_t* correction;  ///< of the signed steps that the tile meets
   const int32_t* start;       ///< what the products are added to, [row of the driver's tile][start_stride]
   int64_t start_stride;
   int32_t* out;
@@ -157,12 +164,6 @@ void multiply_sorted(const BlockOperands& o, int row, int tiles) {
   for (; tiles > 0; --tiles, row += kRows) {
     Accumulators<kRows> acc;
     acc.load_from(o.start + row * o.start_stride, o.start_stride);
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m256i correction = load(o.correction + 8 * j);
-#pragma GCC unroll 6
-      for (int i = 0; i < kRows; ++i) acc.sum[i][j] = _mm256_add_epi32(acc.sum[i][j], correction);
-    }
     for (int s = 0; s < o.in.segment_count; ++s) {
       const Segment& segment = o.in.segments[s];
       const uint8_t* const* const rows = o.in.rows + s * o.in.row_step + row;
@@ -232,46 +233,31 @@ class TileMultiplier {
  public:
   void operator()(TileInput& in, int rows, const Panel& panel, const Weights& weights, int32_t* out) {
     const int64_t stride = panel.blocks * kBlockChannels;
-    if (!in.partial) start(in, rows, panel);
     const TileInput whole = in;
     if (in.segment_count >= kManySegments && in.segments[0].steps <= kShortSteps) join(in, rows);
-    alignas(32) int32_t correction[kBlockChannels];
-    BlockOperands operands{in, in.weights, {}, correction, in.partial ? in.partial : initial, in.partial ? stride : initial_stride, out, stride};
+    alignas(32) int32_t initial[kTileRows * kBlockChannels];
+    const int64_t start_stride = in.partial ? kBlockChannels : in.one_zero_point ? 0 : kBlockChannels;
+    BlockOperands operands{in, in.weights, {}, initial, start_stride, out, stride};
     for (int b = 0; b < panel.blocks; ++b) {
+      __m256i correction[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
       if (!weights.few_rows) {
         operands.steps = weights.steps_of(panel.block + b * in.block_bytes);
-        correct(in, operands.steps, correction);
+        for (int s = 0; s < in.segment_count; ++s) operands.steps.correct(in.segments[s], correction);
       }
+      for (int i = 0; i < (start_stride ? rows : 1); ++i)
+        for (int j = 0; j < 2; ++j) {
+          const auto zero_point = [&] { return _mm256_mullo_epi32(load_unaligned(in.weight_sums + b * in.sums_step + 32 * j), _mm256_set1_epi32(-in.zero_points[i])); };
+          const __m256i before = in.partial ? load(in.partial + i * stride + b * kBlockChannels + 8 * j) : zero_point();
+          store(initial + i * kBlockChannels + 8 * j, _mm256_add_epi32(before, correction[j]));
+        }
       for_each_part(rows, [&](int row, int count, int tiles) { (weights.few_rows ? kWords : kSorted).of[count - 1](operands, row, tiles); });
       operands.stream += in.block_bytes;
-      operands.start += kBlockChannels;
       operands.out += kBlockChannels;
     }
     in = whole;
   }
 
  private:
-  /// Sets `initial` to -zero point * sum of the weights: one row, or all.
-  void start(const TileInput& in, int rows, const Panel& panel) {
-    const int64_t stride = panel.blocks * kBlockChannels;
-    initial_stride = in.one_zero_point ? 0 : stride;
-    for (int i = 0; i < (in.one_zero_point ? 1 : rows); ++i)
-      for (int64_t c = 0; c < stride; c += 8) {
-        const __m256i sum = load_unaligned(in.weight_sums + c / kBlockChannels * in.sums_step + c % kBlockChannels * 4);
-        store(initial + i * initial_stride + c, _mm256_mullo_epi32(sum, _mm256_set1_epi32(-in.zero_points[i])));
-      }
-  }
-
-  /// Constants of the signed steps that the segments meet.
-  static void correct(const TileInput& in, const BlockSteps& steps, int32_t* to) {
-    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int s = 0; s < in.segment_count; ++s) {
-      const int64_t begin = in.segments[s].weight_offset / kStreamBytes, end = begin + in.segments[s].steps;
-      const int32_t *const from = steps.corrections + int64_t{steps.before[begin]} * kBlockChannels, *const until = steps.corrections + int64_t{steps.before[end]} * kBlockChannels;
-      for (int j = 0; j < 2; ++j) sum[j] = _mm256_add_epi32(sum[j], _mm256_sub_epi32(load(until + 8 * j), load(from + 8 * j)));
-    }
-    for (int j = 0; j < 2; ++j) store(to + 8 * j, sum[j]);
-  }
 
   /// Many short segments that follow each other in the weights are copied to follow each other in x: two short loops of each take longer.
   void join(TileInput& in, int rows) {
@@ -279,12 +265,14 @@ class TileMultiplier {
     if (total * 4 > kJoinedBytes) return;
     for (int s = 1; s < in.segment_count; ++s)
       if (in.segments[s].steps != steps || in.segments[s].weight_offset != in.segments[0].weight_offset + s * steps * kStreamBytes) return;
+    const __m256i lanes = first_lanes(steps);
+    const Segment *const first = in.segments, *const end = first + in.segment_count;
+    const int64_t row_step = in.row_step;
     for (int i = 0; i < rows; ++i) {
       uint8_t* to = joined_rows[i] = joined[i];
-      for (int s = 0; s < in.segment_count; ++s, to += 4 * steps) {
-        const uint8_t* const from = in.rows[s * in.row_step + i] + in.segments[s].x_offset;
-        for (int64_t k = 0; k < steps; k += 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * k), load_lanes(reinterpret_cast<const int32_t*>(from) + k, steps - k));
-      }
+      const uint8_t* const* row = in.rows + i;
+      for (const Segment* segment = first; segment != end; ++segment, to += 4 * steps, row += row_step)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskload_epi32(reinterpret_cast<const int32_t*>(*row + segment->x_offset), lanes));
     }
     joined_segment = {0, in.segments[0].weight_offset, total};
     in.segments = &joined_segment;
@@ -294,10 +282,8 @@ class TileMultiplier {
   }
 
   static constexpr int kManySegments = 3;
-  static constexpr int64_t kShortSteps = 16, kJoinedBytes = 512;
+  static constexpr int64_t kShortSteps = 8, kJoinedBytes = 512;
 
-  int64_t initial_stride = 0;
-  alignas(32) int32_t initial[kTileRows * kPanelChannels];
   Segment joined_segment;
   uint8_t* joined_rows[kTileRows];
   alignas(32) uint8_t joined[kTileRows][kJoinedBytes + 32];
@@ -308,7 +294,7 @@ class TileMultiplier {
 
 inline void store_lanes(int32_t* to, __m256i v, int64_t n) {
   if (n >= 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
-  _mm256_maskstore_epi32(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v);
+  _mm256_maskstore_epi32(to, first_lanes(n), v);
 }
 
 /// Constants of a panel's channels in one sample: multiplier * accumulator + bias, plus the residual, is in units of the
@@ -319,10 +305,9 @@ struct PanelConstants {
   alignas(32) float multiplier[kPanelChannels], bias[kPanelChannels];
   float residual_multiplier;
   int32_t residual_zero_point;
-  bool plain;  ///< `rounding` covers the sample
-  std::optional<ClampedRounding> rounding;
+  std::optional<WordRounding> rounding;  ///< of codes, where it covers the sample
 
-  void set(const LayerProblem& p, const Panel& panel, int64_t sample_index, Output output, bool profiled_bounds) {
+  void set(const LayerProblem& p, const Panel& panel, int64_t sample_index, Output output) {
     const SampleEpilogue& e = p.samples[sample_index];
     block = panel.block;
     sample = sample_index;
@@ -335,8 +320,8 @@ struct PanelConstants {
     }
     residual_multiplier = scaled ? e.residual_multiplier : e.residual_scale;
     residual_zero_point = e.residual_zero_point;
-    plain = output == Output::codes && ClampedRounding::covers(e, p.activation) && !profiled_bounds;
-    if (plain) rounding.emplace(e);
+    rounding.reset();
+    if (output == Output::codes && WordRounding::covers(p, e)) rounding.emplace(e);
   }
 };
 
@@ -403,12 +388,10 @@ class DenseKernel {
   /// Finishes rows of one sample from a panel's accumulators, [row][stride].
   void finish_rows(const int64_t* row, int rows, int64_t sample, const int32_t* acc, int64_t stride, const Panel& panel) {
     if (sample != current_sample || vectors >= CodeSums::kFlushAfter - kTileRows * kPanelBlocks) start_sample(sample);
-    if (constants.sample != sample || constants.block != panel.block) constants.set(p, panel, sample, output, profiled_bounds);
+    if (constants.sample != sample || constants.block != panel.block) constants.set(p, panel, sample, output);
     if (output == Output::range && p.activation == Activation::clamp && !p.residual) return widen_by_extremes(row, rows, sample, acc, stride, panel);
     int64_t c = 0;
-    if (constants.plain)
-      for (; c + 32 <= panel.channels; c += 32)
-        p.residual ? plain_columns<true>(row, rows, acc + c, stride, panel.channel + c, c) : plain_columns<false>(row, rows, acc + c, stride, panel.channel + c, c);
+    if (constants.rounding) c = p.residual ? plain_channels<true>(row, rows, acc, stride, panel) : plain_channels<false>(row, rows, acc, stride, panel);
     if (c < panel.channels)
       for (int i = 0; i < rows; ++i) finish_channels(row[i], p.samples[sample], acc + i * stride, panel, c);
     if (!p.channel_stats || output != Output::codes) return;
@@ -447,35 +430,57 @@ class DenseKernel {
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
-  /// Codes of 32 channels, `c` in the panel, of rows of a plain sample.
+  /// Codes of all channels but the last few, where their number is no multiple of 8. Returns how many.
   template <bool kResidual>
+  int64_t plain_channels(const int64_t* row, int rows, const int32_t* acc, int64_t stride, const Panel& panel) {
+    int64_t c = 0;
+    for (; c + 32 <= panel.channels; c += 32) plain_columns<kResidual, 4>(row, rows, acc + c, stride, panel.channel + c, c);
+    if (c + 16 <= panel.channels) plain_columns<kResidual, 2>(row, rows, acc + c, stride, panel.channel + c, c), c += 16;
+    if (c + 8 <= panel.channels) plain_columns<kResidual, 1>(row, rows, acc + c, stride, panel.channel + c, c), c += 8;
+    return c;
+  }
+
+  /// Codes of 8 * kVectors channels, `c` in the panel, of rows of a sample that `rounding` covers.
+  template <bool kResidual, int kVectors>
   void plain_columns(const int64_t* row, int rows, const int32_t* acc, int64_t stride, int64_t channel, int64_t c) {
-    const ClampedRounding rounding = *constants.rounding;
+    const WordRounding rounding = *constants.rounding;
+    const __m256i zero = _mm256_setzero_si256();
     const __m256i residual_zero_point = _mm256_set1_epi32(constants.residual_zero_point);
     const __m256 residual_multiplier = _mm256_set1_ps(constants.residual_multiplier);
     __m256 multiplier[4], bias[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) multiplier[j] = _mm256_load_ps(constants.multiplier + c + 8 * j), bias[j] = _mm256_load_ps(constants.bias + c + 8 * j);
+    for (int j = 0; j < kVectors; ++j) multiplier[j] = _mm256_load_ps(constants.multiplier + c + 8 * j), bias[j] = _mm256_load_ps(constants.bias + c + 8 * j);
     CodeSums row_sums = sums;
-    __m256i clipped_here = clipped_lanes;
+    __m256i inside_here = inside;
     for (int i = 0; i < rows; ++i, acc += stride) {
       const int64_t at = row[i] * channels + channel;
       __m256i code[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kVectors; ++j) {
         __m256 t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(load_unaligned(acc + 8 * j)), multiplier[j], bias[j]);
         if (kResidual) {
           const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.residual + at + 8 * j)));
           t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, residual_zero_point)), residual_multiplier, t);
         }
-        code[j] = rounding.code(t, clipped_here);
+        code[j] = _mm256_cvtps_epi32(t);
       }
-      const __m256i q = narrow(rounding.words(code[0], code[1]), rounding.words(code[2], code[3]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.y + at), q);
+      __m256i q;
+      if (kVectors == 4) {
+        q = narrow(rounding.words(code[0], code[1], inside_here), rounding.words(code[2], code[3], inside_here));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.y + at), q);
+      } else if (kVectors == 2) {
+        q = narrow(rounding.words(code[0], code[1], inside_here), zero);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p.y + at), _mm256_castsi256_si128(q));
+      } else {
+        const __m256i exist = _mm256_setr_epi64x(-1, 0, -1, 0);
+        q = narrow(_mm256_and_si256(rounding.words(code[0], zero, inside_here, exist), exist), zero);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p.y + at), _mm256_castsi256_si128(q));
+      }
       row_sums.add(q);
     }
     sums = row_sums;
-    clipped_lanes = clipped_here;
+    inside = inside_here;
+    clipped += rows * kVectors * 8;  // less those inside
     vectors += rows;
   }
 
@@ -578,7 +583,7 @@ class DenseKernel {
     if (current_sample >= 0 && output == Output::codes) {
       int64_t* counter = counters[current_sample - chunk_sample];
       sums.flush(counter[kStatsSum], counter[kStatsSquares]);
-      counter[kStatsClipped] += clipped + sum_epu32(clipped_lanes);
+      counter[kStatsClipped] += clipped - sum_epi16(inside);
     }
     if (current_sample >= 0 && output == Output::range) {
       alignas(32) float lo[8], hi[8];
@@ -591,7 +596,7 @@ class DenseKernel {
       atomic_widen(p.range + 2 * current_sample, lo[0], hi[0]);
     }
     clipped = vectors = 0;
-    clipped_lanes = _mm256_setzero_si256();
+    inside = _mm256_setzero_si256();
     range_lo = _mm256_set1_ps(__builtin_inff());
     range_hi = _mm256_set1_ps(-__builtin_inff());
     current_sample = sample;
@@ -612,7 +617,7 @@ class DenseKernel {
 
   int64_t current_sample = -1;  ///< whose statistics follow
   CodeSums sums;
-  __m256i clipped_lanes;
+  __m256i inside;  ///< words of codes that did not clip
   int64_t clipped = 0, vectors = 0;
   __m256 range_lo, range_hi;
 };

@@ -165,17 +165,17 @@ struct Work {
 struct Codes {
   const Work* w;
   Rounding rounding;
-  ClampedRounding clamped;
-  const bool plain;  ///< `clamped` does, on all 16 channels
+  WordRounding of_words;
+  const bool plain;  ///< `of_words` does, on all 16 channels
   int masks[2];
   CodeSums sums;
-  __m256i clipped_lanes = _mm256_setzero_si256();
+  __m256i inside = _mm256_setzero_si256();  ///< words of plain codes that did not clip
   int64_t pending = 0, sum = 0, squares = 0, clipped = 0;
   explicit Codes(const Work& work)
       : w(&work),
         rounding(work.s->y_zero_point),
-        clamped(*work.s),
-        plain(ClampedRounding::covers(*work.s, work.p.activation) && !work.profiled_bounds && work.g.channels == kChannels),
+        of_words(*work.s),
+        plain(WordRounding::covers(work.p, *work.s) && work.g.channels == kChannels),
         masks{work.half_mask(0), work.half_mask(1)} {}
 
   /// Words of 16 codes.
@@ -183,7 +183,7 @@ struct Codes {
     __m256 t[2];
     if (plain) {
       w->values(acc, at, w->s->residual_multiplier, t);
-      return clamped.words(clamped.code(t[0], clipped_lanes), clamped.code(t[1], clipped_lanes));
+      return of_words.words(_mm256_cvtps_epi32(t[0]), _mm256_cvtps_epi32(t[1]), inside);
     }
     w->output_values(acc, at, t);
     for (int i = 0; i < 2; ++i) clipped += count_bits(rounding.clipped(t[i]) & masks[i]);
@@ -210,8 +210,8 @@ struct Codes {
   }
   void flush() {
     sums.flush(sum, squares);
-    clipped += sum_epu32(clipped_lanes);
-    clipped_lanes = _mm256_setzero_si256();
+    if (plain) clipped += pending * kChannels - sum_epi16(inside);
+    inside = _mm256_setzero_si256();
     pending = 0;
   }
   void finish(Work& work) {

@@ -119,6 +119,38 @@ struct ClampedRounding {
   __m256i words(__m256i low, __m256i high) const { return _mm256_adds_epi16(_mm256_packs_epi32(low, high), zero_point); }
 };
 
+/// round_to_code() behind clamp_f() to the activation's bounds, for one sample whose values are known to fit int32: they are rounded at
+/// once, and clamping, which commutes with rounding, acts on words, twice as many at a time.
+struct WordRounding {
+  __m256i zero_point, floor, ceiling;  ///< bounds as codes, one step outside of them at most, where values count as clipped
+
+  static bool covers(const LayerProblem& p, const SampleEpilogue& e) {
+    const auto& weight = *reinterpret_cast<const PackedTrailer*>(p.packed_weight + p.layout.trailer_offset());
+    const float accumulator = static_cast<float>(p.layout.taps * p.layout.inputs) * (255.0f * 127.0f);
+    const float reach = e.multiplier * weight.largest_scale * accumulator + e.inverse_scale * weight.largest_bias + e.residual_multiplier * 255.0f;
+    return e.valid && p.activation == Activation::clamp && !p.profiled_bounds() && reach < 1e9f;
+  }
+  explicit WordRounding(const SampleEpilogue& e)
+      : zero_point(_mm256_set1_epi16(static_cast<int16_t>(e.y_zero_point))),
+        floor(bound(e.activation_lo, e.y_zero_point)),
+        ceiling(bound(e.activation_hi, e.y_zero_point)) {}
+
+  /// 16 rounded values as words that pack to their codes with saturation. Those that do not clip are counted in `inside`.
+  __m256i words(__m256i low, __m256i high, __m256i& inside, __m256i lanes) const {
+    const __m256i w = _mm256_min_epi16(_mm256_max_epi16(_mm256_adds_epi16(_mm256_packs_epi32(low, high), zero_point), floor), ceiling);
+    inside = _mm256_sub_epi16(inside, _mm256_and_si256(_mm256_cmpeq_epi16(w, _mm256_and_si256(w, _mm256_set1_epi16(255))), lanes));
+    return w;
+  }
+  __m256i words(__m256i low, __m256i high, __m256i& inside) const { return words(low, high, inside, _mm256_set1_epi16(-1)); }
+
+ private:
+  static __m256i bound(float t, int32_t z) {
+    const __m128 cut = _mm_min_ss(_mm_max_ss(_mm_set_ss(t), _mm_set_ss(-1000.0f)), _mm_set_ss(1000.0f));
+    const int32_t code = _mm_cvtss_si32(cut) + z;
+    return _mm256_set1_epi16(static_cast<int16_t>(code < -1 ? -1 : code > 256 ? 256 : code));
+  }
+};
+
 /// The lanes whose bits are set.
 inline __m256 lanes_of(int mask) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -194,6 +226,9 @@ inline int64_t sum_epu32(__m256i v) {
   return sum_epi64(_mm256_add_epi64(_mm256_and_si256(v, _mm256_set1_epi64x(0xffffffff)), _mm256_srli_epi64(v, 32)));
 }
 
+/// Sum of words below 2^15.
+inline int64_t sum_epi16(__m256i v) { return sum_epu32(_mm256_madd_epi16(v, _mm256_set1_epi16(1))); }
+
 /// Running sums of codes, 32 at a time. A dword of the squares grows by at most 4 * 255^2 per vector: flush before
 /// kFlushAfter vectors.
 struct CodeSums {
@@ -201,9 +236,9 @@ struct CodeSums {
   __m256i sum = _mm256_setzero_si256(), product = _mm256_setzero_si256();
 
   void add(__m256i q) {
-    const __m256i zero = _mm256_setzero_si256(), low = _mm256_unpacklo_epi8(q, zero), high = _mm256_unpackhi_epi8(q, zero);
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(q, zero));
-    product = _mm256_add_epi32(product, _mm256_add_epi32(_mm256_madd_epi16(low, low), _mm256_madd_epi16(high, high)));
+    const __m256i even = _mm256_and_si256(q, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(q, 8);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(q, _mm256_setzero_si256()));
+    product = _mm256_add_epi32(product, _mm256_add_epi32(_mm256_madd_epi16(even, even), _mm256_madd_epi16(odd, odd)));
   }
   /// Adds to the totals and starts again.
   void flush(int64_t& total, int64_t& squares) {

@@ -150,11 +150,14 @@ class DenseKernel : public DenseEpilogue {
 
   using DenseEpilogue::DenseEpilogue;
 
-  /// The next blocks come after these, unless these are all.
+  /// The next blocks come after these; behind the last panel, or where these are all, comes what is read behind the layer.
   void start_weights(const uint8_t* block, int64_t blocks, int64_t) {
     const int64_t bytes = blocks * p.layout.block_bytes;
-    next_panel = blocks <= kPanelBlocks && block + bytes < p.packed_weight + p.layout.trailer_offset() ? bytes : 0;
-    next_parts = next_panel ? 2 * blocks : 0;
+    next = block + bytes;
+    next_parts = 2 * blocks;
+    if (blocks <= kPanelBlocks && next < p.packed_weight + p.layout.trailer_offset()) return;
+    next = static_cast<const uint8_t*>(p.upcoming.data);
+    next_parts = 2 * ceil_div(min_i(p.upcoming.bytes, kUpcomingBytes), p.layout.block_bytes);
   }
 
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
@@ -189,7 +192,7 @@ class DenseKernel : public DenseEpilogue {
       int64_t ahead = 0;
       if (next_parts) {  // every other two lines of a block
         --next_parts;
-        ahead = next_panel + next_parts / 2 * p.layout.block_bytes + next_parts % 2 * 2 * kStreamBytes;
+        ahead = next - panel.block + next_parts / 2 * p.layout.block_bytes + next_parts % 2 * 2 * kStreamBytes;
       }
       kRegisterTiles[panel.blocks - 1][count - 1](in, ahead, out);
       const int64_t done = count * panel.blocks * kBlockChannels;
@@ -231,8 +234,8 @@ class DenseKernel : public DenseEpilogue {
   static constexpr int kManySegments = 5;  ///< copies of 3 take as long as their pointers
   static constexpr int64_t kShortSteps = 16, kJoinedBytes = 512;
 
-  int64_t next_panel = 0;  ///< bytes to it from a tile's weights
-  int64_t next_parts = 0;  ///< of it that no tile has brought to L2
+  const uint8_t* next = nullptr;  ///< what is read behind this panel
+  int64_t next_parts = 0;         ///< of it that no tile has brought to L2: half of as many bytes as a block has
   Segment joined_segment;
   uint8_t* joined_rows[kTileRows];
   alignas(64) uint8_t joined[kTileRows * (kJoinedBytes + 64)];
