@@ -297,6 +297,15 @@ class DenseDriver {
       const auto region = [&](int64_t y0, int64_t y1, int64_t x0, int64_t x1, bool inside) {
         const int64_t width = x1 - x0, from = positions_before(first, y0, y1, x0, x1), count = positions_before(last, y0, y1, x0, x1) - from;
         if (count == 0) return;
+        const auto add = [&](Tile& tile, int64_t& oy, int64_t& ox, int64_t rows) {
+          while (rows > 0) {
+            const int64_t in_line = min_i(rows, x1 - ox);
+            add_rows(tile, sample, oy, ox, in_line, !inside);
+            rows -= in_line;
+            ox += in_line;
+            if (ox == x1) ox = x0, ++oy;
+          }
+        };
         if (part_rows && line_length(width, y1 - y0) >= kShortLine) {
           const int64_t line = line_length(width, y1 - y0), parts = ceil_div(line, part_rows);
           int64_t at = from, oy = y0 + at / width, ox = x0 + at % width;
@@ -306,13 +315,7 @@ class DenseDriver {
             start_tile(tile);
             for (int part = 0; part < 2 && at < from + count; ++part) {
               const int64_t rows = min_i(part_end - in_line, from + count - at);
-              for (int64_t left = rows; left > 0;) {
-                const int64_t in_row = min_i(left, x1 - ox);
-                add_rows(tile, sample, oy, ox, in_row, !inside);
-                left -= in_row;
-                ox += in_row;
-                if (ox == x1) ox = x0, ++oy;
-              }
+              add(tile, oy, ox, rows);
               at += rows;
               in_line = part_end;
               if (index == parts) in_line = index = 0;
@@ -326,14 +329,10 @@ class DenseDriver {
           return;
         }
         const int64_t tiles = ceil_div(count, max_rows);
+        int64_t oy = y0 + from / width, ox = x0 + from % width;
         for (int64_t t = 0; t < tiles; ++t) {
           start_tile(tile);
-          int64_t at = from + count * t / tiles;
-          int64_t oy = y0 + at / width, ox = x0 + at % width;
-          for (const int64_t to = from + count * (t + 1) / tiles; at < to; ++at) {
-            add_row(tile, sample, oy, ox, !inside);
-            if (++ox == x1) ox = x0, ++oy;
-          }
+          add(tile, oy, ox, count * (t + 1) / tiles - count * t / tiles);
           if (inside) tile.box = full;
           finish_tile(tile);
           visit(tile);
