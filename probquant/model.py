@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import operator
 import os
@@ -139,7 +140,8 @@ class QuantizedModel(fx.GraphModule):
                 return graph_forward(self, *args, **kwargs)
             run, tensors = self._recorded
             if run is None or not all(holder.get(name) is tensor for holder, name, tensor in tensors):
-                run = record(self) or functools.partial(graph_forward, self)
+                inputs = inspect.signature(graph_forward).bind(self, *args, **kwargs).args[1:]
+                run = record(self, inputs) or functools.partial(graph_forward, self)
                 self.__dict__["_recorded"] = (run, self._tensors_read())
             return run(*args, **kwargs)
 

@@ -3,6 +3,9 @@
 A call from Python costs more than a small layer's arithmetic: a MobileNetV2 on one image of 224 x 224 spends a third of its time
 between its ops. A QuantizedModel that is called plainly on the CPU therefore runs as recorded here; whoever traces it
 (torch.compile, torch.export, make_fx, its own capture) sees its graph. The format stands in csrc/torch/recording.h.
+
+A recording also tells what each op moves for an image, and whether it works image by image, from which a replay plans which ops take
+the whole batch at once and which a few images at a time (csrc/torch/stretches.h).
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ from itertools import chain
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from ._ops import ops
 
 _NOT_RECORDED = ("run", "pack_weight")
 _WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
+_OF_ALL_IMAGES = {"packed_weight", "predictor", "weight", "bias", "scale", "zero_point"}  # arguments that are not activations
 
 
 class _Refused(Exception):
     """A node that has no form in a recording."""
 
 
-def record(graph_module: fx.GraphModule, least: int = 2) -> fx.GraphModule | None:
+def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int = 2) -> fx.GraphModule | None:
     """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win, as
-    off the CPU. least: ops that are worth a recording."""
+    off the CPU. inputs: what the graph is called with, whose sizes tell how to split batches; without them no batch is split. least: ops
+    that are worth a recording."""
     if not all(tensor.is_cpu for tensor in chain(graph_module.parameters(), graph_module.buffers())):
         return None
     levels = _levels(graph_module.graph)
@@ -37,6 +44,7 @@ def record(graph_module: fx.GraphModule, least: int = 2) -> fx.GraphModule | Non
     recorded = {level: nodes for level, nodes in recorded.items() if sum(map(_is_op, nodes)) >= least}
     if not recorded:
         return None
+    sizes = {} if inputs is None else _image_bytes(graph_module, inputs)
     root: dict[str, object] = {}
     graph, copies = fx.Graph(), {}
     graph.set_codegen(graph_module.graph._codegen)
@@ -48,7 +56,7 @@ def record(graph_module: fx.GraphModule, least: int = 2) -> fx.GraphModule | Non
                 if node.op == "get_attr":
                     root[node.target] = operator.attrgetter(node.target)(graph_module)
         if level in recorded:
-            _add_run(graph, copies, root, graph_module, recorded[level], f"recording_{level}")
+            _add_run(graph, copies, root, graph_module, recorded[level], sizes, f"recording_{level}")
     return fx.GraphModule(root, graph)
 
 
@@ -80,7 +88,23 @@ def _is_recordable(node: fx.Node) -> bool:
     return True
 
 
-def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
+def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, int]:
+    """For every tensor of the graph, called with these inputs, the bytes of an image: of an index into its first dimension."""
+    found: dict[fx.Node, int] = {}
+
+    class Sizes(fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0]:
+                found[node] = value.nbytes // value.shape[0]
+            return value
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        Sizes(graph_module).run(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
+    return found
+
+
+def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, name: str) -> None:
     """Appends a call that runs `nodes`, and what others read of its results, to the graph."""
     mine = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in mine))
@@ -97,21 +121,32 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
 
     upcoming = _upcoming(operations, graph_module, numbers)
     names = list(dict.fromkeys(node.target._opname for node in operations))
+    by_image = _by_image(operations, inputs)
+    traffic: list[int] = []
     body: list[int] = []
+    alive: dict[int, int] = {}  # bytes of an image
     count = given
     for node in operations:
         produced = range(count, count + len(node.target._schema.returns))
         read = {numbers[source] for source in node.all_input_nodes if source in mine}
         unread = [i for i in sorted(read) if last_reader[i] is node] + [i for i in produced if i not in last_reader]
+        unread = [i for i in unread if i not in results]
         leaves = not results.keys().isdisjoint(produced)
+        start = len(body)
         body += [names.index(node.target._opname), int(leaves), upcoming[node], *_encode(node, numbers), len(unread), *unread]
+        written = {numbers[value]: sizes.get(value, 0) for _, value in _values(node)}
+        activations = sum(written.values()) + sum(sizes.get(source, 0) for source in node.all_input_nodes if source.op != "get_attr")
+        weights = sum(operator.attrgetter(source.target)(graph_module).nbytes for source in node.all_input_nodes if source.op == "get_attr")
+        alive = {value: size for value, size in (alive | written).items() if value not in unread}
+        traffic += [len(body) - start, int(node in by_image), activations, sum(alive.values()), weights]
         count = produced.stop
 
     head = [len(names)]
     for op in names:
         head += [len(op), *op.encode()]
     head += [len(results), *results]
-    root[name] = torch.tensor(head + body, dtype=torch.int64, device="cpu")
+    head += [sum(sizes.get(source, 0) for source in inputs), len(operations)]
+    root[name] = torch.tensor(head + traffic + body, dtype=torch.int64, device="cpu")
     root[f"{name}_constants"] = [operator.attrgetter(node.target)(graph_module).detach() for node in constants]
     code, held = graph.get_attr(name), graph.get_attr(f"{name}_constants")
     call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, code))
@@ -120,13 +155,32 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
         copies.update({node: value for node in nodes if numbers.get(node) == number})
 
 
+def _arguments(node: fx.Node) -> dict[str, object]:
+    """What an op is called with, by name."""
+    names = (argument.name for argument in node.target._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _by_image(operations: list[fx.Node], inputs: list[fx.Node]) -> set[fx.Node]:
+    """The ops and values whose part for an index into their first dimension depends on that part of the inputs alone. No int8 op mixes
+    samples, but one may read constants as activations, or what was made of these."""
+    found = set(inputs)
+    for node in operations:
+        shared: list[fx.Node] = []
+        activations: list[fx.Node] = []
+        for name, value in _arguments(node).items():
+            fx.map_arg(value, (shared if name in _OF_ALL_IMAGES else activations).append)
+        if activations and found.issuperset(activations) and all(source.op == "get_attr" for source in shared):
+            found.update((node, *(value for _, value in _values(node))))
+    return found
+
+
 def _upcoming(operations: list[fx.Node], graph_module: fx.GraphModule, numbers: dict[fx.Node, int]) -> dict[fx.Node, int]:
     """For every op the number of the packed weight that is read next behind it, or -1. Small ones, as of depthwise layers, are passed over."""
     upcoming, number = {}, -1
     for node in reversed(operations):
         upcoming[node] = number
-        names = (argument.name for argument in node.target._schema.arguments)
-        weight = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("packed_weight")
+        weight = _arguments(node).get("packed_weight")
         if weight is not None and weight.op == "get_attr" and operator.attrgetter(weight.target)(graph_module).numel() >= _WORTH_FETCHING:
             number = numbers[weight]
     return upcoming

@@ -39,7 +39,7 @@ class Telemetry:
 
     def __init__(self, qmodel: QuantizedModel, prepare: Callable[[fx.GraphModule], Callable] | None = None):
         self.graph, self._nodes = _with_counts(qmodel)
-        self._run = (record(self.graph) or self.graph) if prepare is None else prepare(self.graph)
+        self._run = None if prepare is None else prepare(self.graph)
         described = {layer.name: layer for layer in qmodel.layers}
         self._layers = [described[node.meta["layer"]] for node in self._nodes]
         self._lock = threading.Lock()
@@ -48,6 +48,8 @@ class Telemetry:
 
     def __call__(self, *inputs) -> Any:
         """The model's output. Counts the batch; reads the counts back to the host once."""
+        if self._run is None:
+            self._run = record(self.graph, inputs) or self.graph
         with torch.no_grad():
             output, counts = self._run(*inputs)
         self.update(counts, *inputs)

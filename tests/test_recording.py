@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import probquant as pq
 from probquant import ops
 from probquant.compare import peak_activation_bytes
-from probquant.recording import _upcoming, record
+from probquant.recording import _by_image, _upcoming, record
 
 
 @functools.cache
@@ -30,6 +30,24 @@ def int8_ops_of(graph_module):
     return [node for node in graph_module.graph.nodes if str(node.target).startswith("probquant.") and node.target is not ops.run.default]
 
 
+def of_larger_images(code):
+    """The recording, as if the images that it was made from were tiny: it takes those of a call for too large to go through together."""
+    code, at = code.clone(), 1
+    for _ in range(code[0]):
+        at += 1 + int(code[at])
+    at += 1 + int(code[at])
+    assert code[at] > 1
+    code[at] = 1
+    return code
+
+
+def split(recorded):
+    """The recorded graph, of larger images."""
+    for run in runs_of(recorded):
+        setattr(recorded, run.args[2].target, of_larger_images(getattr(recorded, run.args[2].target)))
+    return recorded
+
+
 def equal(a, b):
     (left, spec), (right, other) = (torch.utils._pytree.tree_flatten(x) for x in (a, b))
     return spec == other and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(left, right, strict=True))
@@ -43,6 +61,51 @@ def test_recorded_and_graph_give_the_same_bytes(name, options):
         inputs = models.images(name, count, seed=1) if count else tuple(x[:0] for x in models.images(name, 1))
         assert equal(recorded(*inputs), fx.Interpreter(qmodel).run(*inputs))
         assert equal(qmodel(*inputs), recorded(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "threads"),
+    [*((name, {"surrogate": "gaussian"}, 1) for name in models.MODELS), ("mobilenet", {"surrogate": "probe"}, 2), ("yolo", {"strategy": "dynamic"}, 2)],
+    ids=str,
+)
+def test_batches_in_groups_give_the_same_bytes(name, options, threads):
+    qmodel = quantized(name, **options)
+    recorded = split(record(qmodel, models.images(name, 3)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (5, 2, 1, 0):
+            inputs = models.images(name, count, seed=1) if count else tuple(x[:0] for x in models.images(name, 1))
+            assert equal(recorded(*inputs), fx.Interpreter(qmodel).run(*inputs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_groups_need_less_memory():
+    qmodel, x = quantized("resnet", surrogate="gaussian"), models.images("resnet", 8)
+    whole, groups = (peak_activation_bytes(recorded, *x) for recorded in (record(qmodel), split(record(qmodel, x))))
+    assert groups < whole / 2
+
+
+def test_constants_are_no_images():
+    """An op that reads a constant as an activation, or what was made of one, takes the whole batch, though the constant is as long as that."""
+
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(4, 4, 3, padding=1), nn.Buffer(torch.randn(4, 4, 8, 8))
+
+        def forward(self, x):
+            return self.conv(self.conv(x).relu() + self.conv(self.table)).relu()
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 8, 8)
+    with pytest.warns(UserWarning, match="fixes its batch size at 4"):
+        qmodel = pq.quantize(Constants().eval(), [x], progress=False)
+    operations = int8_ops_of(qmodel)
+    inputs = [node for node in qmodel.graph.nodes if node.op == "placeholder"]
+    assert 0 < len(_by_image(operations, inputs) & {*operations}) < len(operations)
+    assert equal(split(record(qmodel, (x,)))(x), fx.Interpreter(qmodel).run(x))
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "yolo"])
@@ -166,10 +229,10 @@ def test_a_recording_takes_no_more_memory(name):
 
 
 def small():
-    """(inputs, constants, recording) of a quantize, two convolutions and a dequantize."""
+    """(inputs, constants, recording) of a quantize, two convolutions and a dequantize, which go image by image."""
     torch.manual_seed(0)
     qmodel = pq.quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval(), [torch.randn(4, 3, 6, 6)], surrogate="gaussian", progress=False)
-    recorded = record(qmodel)
+    recorded = split(record(qmodel, (torch.randn(4, 3, 6, 6),)))
     (run,) = runs_of(recorded)
     _, constants, code = run.args
     return [torch.randn(2, 3, 6, 6)], getattr(recorded, constants.target), getattr(recorded, code.target)

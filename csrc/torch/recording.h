@@ -5,40 +5,37 @@
 // A recording is an int64 tensor, which probquant/recording.py writes:
 //   number of op names, then each as its length and characters
 //   number of results, then each as the number of a value
+//   bytes of the inputs for one image, number of ops, then for each: how many numbers it takes below, whether its results of an image depend on that
+//   image alone, bytes that it reads and writes for one image, of activations that live on behind it for one image, and of its weights (stretches.h)
 //   ops to the end, each: its name's number, whether its results leave the recording, the packed weight that a layer reads behind it or -1,
 //   its arguments in the order of the schema, the number of values that no one reads any more, and these
 // Values are numbered: the inputs, the constants, then the results of every op in turn. Arguments are written as
 //   Tensor    a value                   Tensor?   a value or -1               Tensor[], int[]   a length, then the elements
 //   int, bool itself                    float     the bits of a double        float?            0, or 1 and the float
 // Anything else is an error, as is a number that names nothing: a damaged recording cannot do harm.
+//
+// Images are what the first dimension of every input counts. A stretch of ops whose activations outgrow L2 together runs group of images by group of
+// images: no result of an image depends on the others. What lives on behind the stretch is then put together.
 #pragma once
 #include <probquant/ops.h>
 
+#include <mutex>
 #include <unordered_map>
 
 #include "checks.h"
+#include "stretches.h"
 
 namespace probquant::ops {
 
-class Replay {
- public:
-  Replay(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& recording)
-      : next_(recording.data<const int64_t>()), end_(next_ + recording.numel()), scratch_(recording) {
-    values_.reserve(inputs.size() + constants.size() + static_cast<size_t>(recording.numel()) / 8);
-    for (const auto* given : {&inputs, &constants})
-      for (const Tensor& t : *given) values_.emplace_back(scratch_.adopt(t));
-  }
+class Replay;
+using RecordedOp = void (*)(Replay&);
 
-  ~Replay() { upcoming() = {}; }
+/// The numbers of a recording, or of a part of it, in order.
+class Numbers {
+ public:
+  Numbers(const int64_t* begin, const int64_t* end) : next_(begin), end_(end) {}
 
   bool done() const { return next_ == end_; }
-
-  /// Of the op that runs, in this thread.
-  static Upcoming& upcoming() {
-    thread_local Upcoming of_thread;
-    return of_thread;
-  }
-
   int64_t integer() {
     require(next_ != end_, "run: the recording ends within an op");
     return *next_++;
@@ -60,14 +57,64 @@ class Replay {
     }
     return result;
   }
+  /// The next so many, which are then behind.
+  Numbers part(size_t count) {
+    require(count <= static_cast<size_t>(end_ - next_), "run: the recording ends within an op");
+    next_ += count;
+    return {next_ - count, next_};
+  }
+
+ protected:
+  const int64_t *next_, *end_;
+};
+
+/// Runs ops of a recording over the whole batch, or over a group of its images (see run_in_groups).
+class Replay : public Numbers {
+ public:
+  Replay(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& recording)
+      : Numbers(recording.data<const int64_t>(), recording.data<const int64_t>() + recording.numel()),
+        recording_(recording),
+        inputs_(inputs.size()),
+        given_(inputs.size() + constants.size()),
+        scratch_(recording) {
+    values_.reserve(given_ + static_cast<size_t>(recording.numel()) / 8);
+    for (const auto* given : {&inputs, &constants})
+      for (const Tensor& t : *given) values_.emplace_back(scratch_.adopt(t));
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+  ~Replay() { upcoming() = {}; }
+
+  /// Of the op that runs, in this thread.
+  static Upcoming& upcoming() {
+    thread_local Upcoming of_thread;
+    return of_thread;
+  }
+
+  std::vector<Tensor> run(const std::unordered_map<std::string, RecordedOp>& ops) {
+    std::vector<RecordedOp> named(length());
+    for (RecordedOp& op : named) {
+      const std::string name = text();
+      const auto found = ops.find(name);
+      require(found != ops.end(), "run: the recording has an op ", name, ", which there is not");
+      op = found->second;
+    }
+    const auto wanted = take<std::vector<int64_t>>();
+    for (auto [ops_of_stretch, groups] : plan()) {
+      if (groups > 1) {
+        run_in_groups(named, wanted, ops_of_stretch, groups);
+      } else {
+        run_ops(named, ops_of_stretch);
+      }
+    }
+    return results(wanted);
+  }
 
   /// The next argument (Call's source).
   template <class T>
   T take() {
     if constexpr (std::is_same_v<T, Tensor>) {
-      const size_t i = index(values_.size(), "value");
-      require(values_[i].has_value(), "run: the recording reads value ", i, " after its last use");
-      return values_[i]->borrow();
+      return value(index(first_ + values_.size(), "value"));
     } else if constexpr (std::is_same_v<T, double>) {
       return bits<double>(integer());
     } else if constexpr (std::is_integral_v<T>) {
@@ -77,12 +124,6 @@ class Replay {
     }
   }
 
-  void begin() {
-    leaves_ = integer() != 0;
-    scratch_.set_outside(leaves_);
-    const auto weight = take<std::optional<Tensor>>();
-    upcoming() = weight ? Upcoming{weight->data(), weight->numel()} : Upcoming{};
-  }
   void add_result(Tensor&& t) {
     if (!leaves_) {
       values_.emplace_back(std::move(t));
@@ -95,8 +136,144 @@ class Replay {
   void add_result(std::tuple<T...>&& results) {
     std::apply([this](T&... t) { (add_result(std::move(t)), ...); }, results);
   }
-  void end() {
-    for (size_t n = length(); n > 0; --n) values_[index(values_.size(), "value")].reset();
+
+ private:
+  /// A group of `whole`'s images, in a stretch that begins where that stands.
+  Replay(const Replay& whole, int64_t image, int64_t images)
+      : Numbers(nullptr, nullptr),
+        recording_(whole.recording_),
+        inputs_(whole.inputs_),
+        given_(whole.given_),
+        whole_(&whole),
+        first_(whole.values_.size()),
+        image_(image),
+        images_(images),
+        scratch_(whole.recording_) {}
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // The plan
+
+  /// Images of a batch that all inputs have; 1 if they differ.
+  int64_t batch() const {
+    int64_t images = 1;
+    for (size_t i = 0; i < inputs_; ++i) {
+      const Tensor& input = *values_[i];
+      if (input.dim() == 0 || (i > 0 && input.size(0) != images)) return 1;
+      images = input.size(0);
+    }
+    return images;
+  }
+
+  /// The ops of every stretch, and in how many groups it runs.
+  std::vector<std::pair<Numbers, int64_t>> plan() {
+    const auto recorded_bytes = static_cast<double>(integer());
+    std::vector<OpTraffic> traffic(length());
+    std::vector<size_t> numbers(traffic.size());
+    const int64_t images = batch();
+    double bytes = 0;
+    for (size_t i = 0; i < inputs_ && images > 1; ++i) bytes += static_cast<double>(values_[i]->numel()) * codes().item_bytes(values_[i]->dtype());
+    const double larger = recorded_bytes > 0 ? bytes / static_cast<double>(images) / recorded_bytes : 0;  // than when it was recorded, images are
+    for (size_t i = 0; i < traffic.size(); ++i) {
+      numbers[i] = length();
+      const bool by_image = integer() != 0;
+      const double activations = larger * static_cast<double>(integer()), behind = larger * static_cast<double>(integer());
+      traffic[i] = {activations, behind, static_cast<double>(integer()), by_image};
+    }
+    std::vector<std::pair<Numbers, int64_t>> stretches;
+    images_ = images;
+    if (images <= 1 || larger == 0) {
+      stretches.emplace_back(part(static_cast<size_t>(end_ - next_)), 1);
+      return stretches;
+    }
+    size_t op = 0;
+    for (const Stretch& stretch : StretchPlanner{images, stable::torch_executor().threads, l2_bytes()}.plan(traffic)) {
+      size_t count = 0;
+      for (; op < stretch.end; ++op) count += numbers[op];
+      stretches.emplace_back(part(count), stretch.groups);
+    }
+    require(done(), "run: the recording's ops do not end where it says");
+    return stretches;
+  }
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // Ops
+
+  void run_ops(const std::vector<RecordedOp>& named, Numbers ops) {
+    static_cast<Numbers&>(*this) = ops;
+    while (!done()) {
+      const RecordedOp op = named[index(named.size(), "op")];
+      leaves_ = integer() != 0 && whole_ == nullptr;
+      scratch_.set_outside(leaves_);
+      const auto weight = take<std::optional<Tensor>>();
+      upcoming() = weight ? Upcoming{weight->data(), weight->numel()} : Upcoming{};
+      op(*this);
+      for (size_t n = length(); n > 0; --n) {
+        const size_t i = index(first_ + values_.size(), "value");
+        if (i < first_) unread_.push_back(i);
+        else values_[i - first_].reset();
+      }
+    }
+  }
+
+  /// Every group of images goes through all the ops; what is then left of it comes into tensors of the whole batch.
+  void run_in_groups(const std::vector<RecordedOp>& named, const std::vector<int64_t>& wanted, Numbers ops, int64_t groups) {
+    std::vector<std::optional<Tensor>> joined;
+    std::vector<size_t> unread;
+    std::mutex mutex;
+    parallel_for(stable::torch_executor(), groups, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = images_ * i / groups;
+        Replay group(*this, image, images_ * (i + 1) / groups - image);
+        group.run_ops(named, ops);
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+          joined.resize(group.values_.size());
+          for (size_t v = 0; v < joined.size(); ++v)
+            if (group.values_[v] && !joined[v]) joined[v] = of_all_images(*group.values_[v], is_wanted(wanted, values_.size() + v));
+          unread = std::move(group.unread_);
+        }
+        for (size_t v = 0; v < joined.size(); ++v)
+          if (group.values_[v]) group.copy_to(*joined[v], *group.values_[v]);
+      }
+    });
+    for (std::optional<Tensor>& t : joined) {
+      if (!t || t->scratch() != nullptr) {
+        values_.push_back(std::move(t));
+        continue;
+      }
+      values_.emplace_back(scratch_.adopt(*t));
+      leaving_.emplace(values_.size() - 1, std::move(*t));
+    }
+    for (const size_t i : unread) values_[i].reset();
+  }
+
+  /// For a value of a group the like of it for the batch; torch's, if it leaves the recording.
+  Tensor of_all_images(const Tensor& t, bool leaves) {
+    require(t.dim() > 0, "run: the recording keeps a value without a dimension of images");
+    std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+    sizes[0] = images_;
+    scratch_.set_outside(leaves);
+    return scratch_.empty_strided(sizes, t.strides(), t.dtype());
+  }
+  /// From this group into the place of its images.
+  void copy_to(const Tensor& all, const Tensor& t) {
+    const Tensor mine = scratch_.narrow(all, image_, images_);
+    require(same(mine.sizes(), t.sizes()) && mine.dtype() == t.dtype() && (t.numel() == 0 || t.strides()[0] * images_ == t.numel()),
+            "run: the recording keeps a value of shape ", ops::text(t.sizes()), " for ", images_, " images");
+    if (t.numel() > 0) std::memcpy(mine.data(), t.data(), static_cast<size_t>(t.numel()) * codes().item_bytes(t.dtype()));
+  }
+  static bool is_wanted(const std::vector<int64_t>& wanted, size_t value) {
+    return std::find(wanted.begin(), wanted.end(), static_cast<int64_t>(value)) != wanted.end();
+  }
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // Values
+
+  Tensor value(size_t i) {
+    const std::optional<Tensor>& found = i < first_ ? whole_->values_[i] : values_[i - first_];
+    require(found.has_value(), "run: the recording reads value ", i, " after its last use");
+    if (i >= first_) return found->borrow();
+    return i >= inputs_ && i < given_ ? scratch_.adopt(*found) : scratch_.narrow(*found, image_, images_);
   }
 
   std::vector<Tensor> results(const std::vector<int64_t>& wanted) {
@@ -110,7 +287,6 @@ class Replay {
     return found;
   }
 
- private:
   template <class T>
   static T bits(int64_t from) {
     T value;
@@ -136,14 +312,17 @@ class Replay {
     return result;
   }
 
-  const int64_t *next_, *end_;
+  const Tensor& recording_;
+  const size_t inputs_, given_;          // how many inputs there are, and with the constants behind them
+  const Replay* const whole_ = nullptr;  // what this is a group of
+  const size_t first_ = 0;               // the first value that is this group's own
+  int64_t image_ = 0, images_ = 1;
   stable::Scratch scratch_;
-  std::vector<std::optional<Tensor>> values_;
+  std::vector<std::optional<Tensor>> values_;  // from first_ on
+  std::vector<size_t> unread_;           // values before first_ that no one reads any more
   std::unordered_map<size_t, Tensor> leaving_;
   bool leaves_ = false;
 };
-
-using RecordedOp = void (*)(Replay&);
 
 template <auto Kernel>
 void replay_op(Replay& replay) {
@@ -154,22 +333,7 @@ inline std::vector<Tensor> replay(const std::unordered_map<std::string, Recorded
                                   const std::vector<Tensor>& constants, const Tensor& recording) {
   check_device_and_dtype({"run", "recording"}, recording, device_of(recording), stable::codes().int64);
   require(recording.dim() == 1 && recording.is_contiguous(), "run: recording has shape ", text(recording.sizes()), ", want one contiguous dimension");
-  Replay replay(inputs, constants, recording);
-  std::vector<RecordedOp> named(replay.length());
-  for (RecordedOp& op : named) {
-    const std::string name = replay.text();
-    const auto found = ops.find(name);
-    require(found != ops.end(), "run: the recording has an op ", name, ", which there is not");
-    op = found->second;
-  }
-  const auto wanted = replay.take<std::vector<int64_t>>();
-  while (!replay.done()) {
-    const RecordedOp op = named[replay.index(named.size(), "op")];
-    replay.begin();
-    op(replay);
-    replay.end();
-  }
-  return replay.results(wanted);
+  return Replay(inputs, constants, recording).run(ops);
 }
 
 }  // namespace probquant::ops

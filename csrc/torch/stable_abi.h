@@ -78,13 +78,13 @@ struct Codes {
   int32_t float32 = aoti_torch_dtype_float32();
   int32_t float64 = aoti_torch_dtype_float64();
 
-  /// Of an element of the dtypes that ops write.
+  /// Of an element of the dtypes that ops know.
   size_t item_bytes(int32_t dtype) const {
-    if (dtype == uint8 || dtype == int8) return 1;
+    if (dtype == uint8 || dtype == int8 || dtype == boolean) return 1;
     if (dtype == float16 || dtype == bfloat16) return 2;
     if (dtype == float32 || dtype == int32) return 4;
-    if (dtype == int64) return 8;
-    throw Error("a tensor of a dtype that no op writes");
+    if (dtype == int64 || dtype == float64) return 8;
+    throw Error("a tensor of a dtype that no op knows");
   }
 };
 
@@ -225,6 +225,8 @@ class Scratch {
     view.scratch_ = this;
     return view;
   }
+  /// Of a tensor's first dimension the elements [begin, begin + count), which must be there, as a view of it.
+  Tensor narrow(const Tensor& t, int64_t begin, int64_t count);
   /// While true, new tensors are torch's.
   void set_outside(bool outside) { outside_ = outside; }
 
@@ -234,6 +236,7 @@ class Scratch {
   static constexpr size_t kAlignment = 64, kSmall = 1024, kChunk = 4096;
 
   char* allocate(size_t bytes);
+  void set_geometry(Tensor& t, IntView sizes, IntView strides);
 
   Tensor like_;
   std::vector<Tensor> chunks_;
@@ -276,6 +279,27 @@ inline char* Scratch::allocate(size_t bytes) {
   return result;
 }
 
+inline void Scratch::set_geometry(Tensor& t, IntView sizes, IntView strides) {
+  auto* numbers = reinterpret_cast<int64_t*>(allocate(2 * sizes.size() * sizeof(int64_t)));
+  std::copy(sizes.begin(), sizes.end(), numbers);
+  std::copy(strides.begin(), strides.end(), numbers + sizes.size());
+  t.sizes_ = numbers, t.strides_ = numbers + sizes.size();
+  t.rank_ = static_cast<int64_t>(sizes.size());
+}
+
+inline Tensor Scratch::narrow(const Tensor& t, int64_t begin, int64_t count) {
+  if (t.dim() == 0 || static_cast<size_t>(t.dim()) > kMaxRank || begin < 0 || count < 0 || begin > t.size(0) || count > t.size(0) - begin) {
+    throw Error("a tensor has not the images " + std::to_string(begin) + " to " + std::to_string(begin + count));
+  }
+  int64_t sizes[kMaxRank];
+  std::copy(t.sizes().begin(), t.sizes().end(), sizes);
+  sizes[0] = count;
+  Tensor view = adopt(t);
+  set_geometry(view, {sizes, t.sizes().size()}, t.strides());
+  view.data_ = t.data<char>() + static_cast<size_t>(begin * t.strides()[0]) * codes().item_bytes(t.dtype());
+  return view;
+}
+
 inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dtype) {
   if (outside_) return torch_empty_strided(sizes, strides, dtype, like_);
   if (sizes.size() > kMaxRank) throw Error("a tensor of more than 16 dimensions");
@@ -291,11 +315,9 @@ inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dty
   } else if (overflow || elements > size_t{1} << 48) {
     throw Error("a tensor of more than 2^48 elements");
   }
-  const size_t bytes = elements * codes().item_bytes(dtype), metadata = 2 * sizes.size() * sizeof(int64_t);
-  auto* numbers = reinterpret_cast<int64_t*>(allocate(metadata));
-  std::copy(sizes.begin(), sizes.end(), numbers);
-  std::copy(strides.begin(), strides.end(), numbers + sizes.size());
+  const size_t bytes = elements * codes().item_bytes(dtype);
   Tensor t = like_.borrow();
+  set_geometry(t, sizes, strides);
   if (bytes <= kSmall) {
     t.data_ = allocate(bytes);
   } else {
@@ -304,8 +326,6 @@ inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dty
     t.handle_ = memory.release();
   }
   t.scratch_ = this;
-  t.sizes_ = numbers, t.strides_ = numbers + sizes.size();
-  t.rank_ = static_cast<int64_t>(sizes.size());
   t.dtype_ = dtype;
   return t;
 }
@@ -484,6 +504,11 @@ struct RegisterAtLoad {
 /// again in the caller; ranges that start after it are skipped.
 class ParallelCall {
  public:
+  /// Whether this thread runs a body.
+  static bool& inside() {
+    thread_local bool of_thread = false;
+    return of_thread;
+  }
   static void run(int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
     ParallelCall call{body, argument};
     PROBQUANT_TORCH_CHECK(torch_parallel_for(0, count, 1, &ParallelCall::range, &call));
@@ -496,11 +521,13 @@ class ParallelCall {
   static void range(int64_t begin, int64_t end, void* self) noexcept {
     auto& call = *static_cast<ParallelCall*>(self);
     if (call.failed_.load(std::memory_order_relaxed)) return;
+    const bool was_inside = std::exchange(inside(), true);
     try {
       call.body_(call.argument_, begin, end);
     } catch (...) {
       if (!call.failed_.exchange(true)) call.error_ = std::current_exception();
     }
+    inside() = was_inside;
   }
 
   void (*body_)(void*, int64_t, int64_t);
@@ -509,9 +536,9 @@ class ParallelCall {
   std::exception_ptr error_;
 };
 
-/// torch's thread pool, as many threads as torch.get_num_threads() says now. Inside a parallel region of torch the work
-/// runs in the calling thread.
+/// torch's thread pool, as many threads as torch.get_num_threads() says now. Inside a body the work runs in its thread, undivided.
 inline Executor torch_executor() {
+  if (ParallelCall::inside()) return serial_executor();
   uint32_t threads;
   PROBQUANT_TORCH_CHECK(torch_get_num_threads(&threads));
   const auto parallel_for = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
