@@ -18,6 +18,8 @@ void PROBQUANT_RUN_TILES(const TileProduct& p) {
   multiply_tiles<3, 5, 7>();
   multiply_unsigned_tiles<3, 5, 7>();
   store_tile<3>(p.sums, p.sums_stride);
+  load_tile<0>(p.weights, 0);
+  zero_tile<0>();
   store_tile<0>(p.zeros, p.sums_stride);
   release_tiles();
 }

@@ -7,7 +7,7 @@ struct TileProduct {
   const uint8_t* x;
   const uint8_t* weights;
   uint8_t* sums;
-  uint8_t* zeros;  ///< gets a tile that nothing was loaded into
+  uint8_t* zeros;  ///< gets a tile that was cleared
   int64_t x_stride, weights_stride, sums_stride;
 };
 

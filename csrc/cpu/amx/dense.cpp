@@ -13,9 +13,10 @@
 // the next layer's where the caller knows it, come to L2 meanwhile (Stream).
 // Sums start at the zero point's correction. Weights that lie beyond the end of a segment meet zeros.
 //
-// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory, and
-// the vector units finish them among the next tile's products, 4 rows at a time (see AmxKernel::steps), curved activations included. While TDPBUSD runs, 512-bit
-// multiplications, conversions and minima start once per clock instead of twice; float additions, integer ones and logic still twice.
+// A tile of 32 x 32 sums takes 64 clocks per step, but its epilogue takes 200 to 250 (see avx512vnni/epilogue.h): the sums go to memory among
+// the next tile's first products (see begin), and the vector units finish them among the others, 4 rows at a time (see steps), curved
+// activations included. While TDPBUSD runs, 512-bit multiplications, conversions and minima start once per clock instead of twice; float
+// additions, integer ones and logic still twice. So 4 rows per step are free, and 32 rows beside one step take 400 clocks with it.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
 #include "tiles.h"
@@ -33,6 +34,7 @@ constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a t
 constexpr int64_t kGatheredBytes = 512;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 constexpr int64_t kSegmentsApart = 3;                     ///< kernel rows of a few bytes that are tiles of their own
+constexpr int kStepsWithoutStore = 16;                    ///< of a tile: see steps()
 
 /// [blocks - 1]
 template <bool kOneSample, bool kResidual, Clamp kClamp>
@@ -209,7 +211,7 @@ class AmxKernel : public DenseEpilogue {
         joined(owner.p.layout.segment_taps > 1 && owner.p.layout.segments > kSegmentsApart),
         tile_steps(steps_of_tile(joined ? owner.p.layout.steps : owner.p.layout.segment_steps)),
         gathered_steps(kGatheredBytes / 4 / tile_steps * tile_steps),
-        tile_per_segment(owner.p.layout.segment_taps > 1 && tile_steps == owner.p.layout.segment_steps) {
+        rows_along(static_cast<int>(ceil_div(kTileRows / 4, max_i(1, owner.p.layout.steps / tile_steps)))) {
     TileConfiguration tiles;
     for (int tile = 0; tile < 4; ++tile) tiles.set(tile, part_rows, kTileBytes);
     for (int tile = 4; tile < 6; ++tile) tiles.set(tile, part_rows, 4 * tile_steps);
@@ -247,11 +249,13 @@ class AmxKernel : public DenseEpilogue {
     if (!held || output != Output::codes) {
       segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
         segments_complete = last && !in.partial;
-        if (!in.partial) start_sums(in, tile, constants);
+        if (!in.partial) find_start(in, tile, constants);
         multiply(in, tile);
       });
+      if (start.now) begin_without_products();
       finish_pending();
-      store_sums(tile, sums, segments.partial);
+      unsaved = {sums, tile.part * blocks * kBlockChannels, parts, blocks};
+      if (held || p.channel_stats || !(output == Output::range || at_once || curved)) save_sums(tile, segments.partial);
     }
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
     if (output == Output::range) return start_range(tile, panel, sums);
@@ -293,64 +297,76 @@ class AmxKernel : public DenseEpilogue {
 
   /// Accumulators start at the zero point's correction, which a tile of all taps finds among a sample's constants: a tile's load waits for
   /// everything that was stored before it to its bytes.
-  void start_sums(const TileInput& in, const Tile& tile, const BlockConstants* constants) {
+  void find_start(const TileInput& in, const Tile& tile, const BlockConstants* constants) {
+    start.now = true;
+    start.zero = in.one_zero_point && in.zero_points[0] == 0;
+    start.bytes = 0;
+    if (start.zero) return;
     if (constants && in.sums_step == p.layout.block_bytes) {
-      load_tile<0>(constants[0].correction, 0);
-      if (blocks > 1) load_tile<1>(constants[1].correction, 0);
-      if (parts > 1) load_tile<2>(constants[0].correction, 0);
-      if (parts > 1 && blocks > 1) load_tile<3>(constants[1].correction, 0);
+      for (int k = 0; k < 4; ++k) start.rows[k] = constants[k % 2 < blocks ? k % 2 : 0].correction;
       return;
     }
-    if (in.one_zero_point) {
-      for (int j = 0; j < blocks; ++j) {
-        const __m512i sums = _mm512_loadu_si512(in.weight_sums + j * in.sums_step);
-        _mm512_store_si512(correction[0] + j * kBlockChannels, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-in.zero_points[0])));
-      }
-    } else {
-      for (int j = 0; j < blocks; ++j) {
-        const __m512i sums = _mm512_loadu_si512(in.weight_sums + j * in.sums_step);
-        for (int i = 0; i < tile.rows; ++i)
-          _mm512_store_si512(correction[i] + j * kBlockChannels, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-in.zero_points[i])));
-      }
+    const int count = in.one_zero_point ? 1 : tile.rows;
+    for (int j = 0; j < blocks; ++j) {
+      const __m512i sums = _mm512_loadu_si512(in.weight_sums + j * in.sums_step);
+      for (int i = 0; i < count; ++i)
+        _mm512_store_si512(correction[i] + j * kBlockChannels, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-in.zero_points[i])));
     }
-    const int64_t bytes = in.one_zero_point ? 0 : sizeof correction[0];
-    const int32_t* second = correction[in.one_zero_point ? 0 : tile.part];
-    load_tile<0>(correction[0], bytes);
-    if (blocks > 1) load_tile<1>(correction[0] + kBlockChannels, bytes);
-    if (parts > 1) load_tile<2>(second, bytes);
-    if (parts > 1 && blocks > 1) load_tile<3>(second + kBlockChannels, bytes);
+    if (!in.one_zero_point) start.bytes = sizeof correction[0];
+    for (int k = 0; k < 4; ++k)
+      start.rows[k] = correction[in.one_zero_point || k < 2 ? 0 : tile.part] + k % 2 * kBlockChannels;
   }
 
-  /// Rows beyond a part's own are overwritten by the next part, or nobody's: of what is held, by the next tile. Where that is another
-  /// range's, sums take a detour.
-  void store_sums(const Tile& tile, int32_t* to, int32_t* detour) const {
-    const int64_t width = blocks * kBlockChannels, bytes = width * static_cast<int64_t>(sizeof(int32_t));
-    if (held && to + (second_row + part_rows) * width > held_end) {
-      store_sums_at(tile, detour, width, bytes);
-      __builtin_memcpy(to, detour, static_cast<size_t>(tile.rows * bytes));
-    } else {
-      store_sums_at(tile, to, width, bytes);
-    }
+  /// The last tile's sums to memory, and the start of this one's, of one register: it waits for its last product, for the store and for the
+  /// load. One after the other among the products of the others, that takes 30 clocks a tile; all four at once take 100.
+  template <int kTile>
+  __attribute__((always_inline)) void begin() {
+    if (unsaved.to) store_tile<kTile>(unsaved.at(kTile), unsaved.row_bytes());
+    if (start.zero) zero_tile<kTile>();
+    else load_tile<kTile>(start.rows[kTile], start.bytes);
   }
-  void store_sums_at(const Tile& tile, int32_t* to, int64_t width, int64_t bytes) const {
-    int32_t* second = to + tile.part * width;
-    store_tile<0>(to, bytes);
-    if (blocks > 1) store_tile<1>(to + kBlockChannels, bytes);
-    if (parts > 1) store_tile<2>(second, bytes);
-    if (parts > 1 && blocks > 1) store_tile<3>(second + kBlockChannels, bytes);
+
+  /// A tile all of whose taps lie in the padding.
+  void begin_without_products() {
+    save_sums();
+    begin<0>();
+    if (blocks > 1) begin<1>();
+    if (parts > 1) begin<2>();
+    if (parts > 1 && blocks > 1) begin<3>();
+    start.now = false;
+  }
+
+  /// Rows beyond a part's own are overwritten by the next part, or nobody's.
+  void save_sums() {
+    if (!unsaved.to) return;
+    store_tile<0>(unsaved.at(0), unsaved.row_bytes());
+    if (unsaved.blocks > 1) store_tile<1>(unsaved.at(1), unsaved.row_bytes());
+    if (unsaved.parts > 1) store_tile<2>(unsaved.at(2), unsaved.row_bytes());
+    if (unsaved.parts > 1 && unsaved.blocks > 1) store_tile<3>(unsaved.at(3), unsaved.row_bytes());
+    unsaved.to = nullptr;
+  }
+
+  /// The same at once. What is held overwrites the next tile's place, and where that is another range's, sums take a detour.
+  void save_sums(const Tile& tile, int32_t* detour) {
+    int32_t* const to = unsaved.to;
+    const int64_t width = blocks * kBlockChannels;
+    const bool beyond = held && to + (second_row + part_rows) * width > held_end;
+    if (beyond) unsaved.to = detour;
+    save_sums();
+    if (beyond) __builtin_memcpy(to, detour, static_cast<size_t>(tile.rows * width) * sizeof(int32_t));
   }
 
   void multiply(const TileInput& in, const Tile& tile) {
     if (kept > 0) {  // the rows that the panel before met
-      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, 4 * tile_steps, in.weights + gathered_offset, in.block_bytes, kept);
+      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, kept);
       return;
     }
     const bool direct = strided && in.row_step == 0 && !joined;
-    if (direct && tile_per_segment) {  // equally far apart in x and in the weights, as all of a kernel's rows are
-      const int64_t apart = in.segment_count > 1 ? in.segments[1].x_offset - in.segments[0].x_offset : 0;
-      const int64_t first = in.segments[0].x_offset;
-      return multiply_steps(in.rows[0] + first, in.rows[second_row] + first, stride[0], stride[1], apart, in.weights + in.segments[0].weight_offset, in.block_bytes,
-                            in.segment_count);
+    if (direct && regular(in)) {
+      const Segment& segment = in.segments[0];
+      const int64_t apart = in.segment_count > 1 ? in.segments[1].x_offset - segment.x_offset : 0;
+      return multiply_steps(in.rows[0] + segment.x_offset, in.rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset,
+                            in.block_bytes, segment.steps / tile_steps, in.segment_count, apart);
     }
     bool all_gathered = true;
     for (int i = 0; i < in.segment_count; ++i) {
@@ -359,8 +375,8 @@ class AmxKernel : public DenseEpilogue {
       const int64_t whole = direct ? segment.steps / tile_steps : 0, done = whole * tile_steps;
       if (whole > 0) {
         multiply_gathered(in, tile);
-        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], 4 * tile_steps, in.weights + segment.weight_offset,
-                       in.block_bytes, whole);
+        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset, in.block_bytes,
+                       whole);
         all_gathered = false;
       }
       if (done < segment.steps)
@@ -368,6 +384,17 @@ class AmxKernel : public DenseEpilogue {
     }
     const int64_t tiles = multiply_gathered(in, tile);
     if (all_gathered && segments_complete) kept = tiles;
+  }
+
+  /// Whether segments are whole tiles, equally far apart in x, and their weights follow each other, as those of all of a kernel's rows do.
+  bool regular(const TileInput& in) const {
+    const Segment* const s = in.segments;
+    if (in.segment_count == 0 || s[0].steps % tile_steps != 0) return false;
+    int64_t differences = 0;
+    for (int i = 1; i < in.segment_count; ++i)
+      differences |= (s[i].steps - s[0].steps) | (s[i].weight_offset - s[i - 1].weight_offset - s[0].steps * kStreamBytes) |
+                     (s[i].x_offset - s[i - 1].x_offset - s[1].x_offset + s[0].x_offset);
+    return differences == 0;
   }
 
   /// Notes what rows have for `steps` steps of the stream, and multiplies before that what does not fit beside it. Whether all fits.
@@ -398,53 +425,99 @@ class AmxKernel : public DenseEpilogue {
     for (int64_t i = 0; i < vectors; ++i) kCopies[vector_pieces[i]](pieces[i], tile.rows, gathered_rows[0] + 64 * i);
     if (64 * vectors < 4 * tiles * tile_steps)
       for (int i = 0; i < tile.rows; ++i) _mm512_store_si512(gathered_rows[i] + 64 * vectors, _mm512_setzero_si512());
-    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, 4 * tile_steps, in.weights + gathered_offset, in.block_bytes, tiles);
+    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, tiles);
     gathered = 0;
     return tiles;
   }
 
-  /// `x_step`: from a tile of x to the next one.
-  void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, int64_t x_step, const uint8_t* weights,
-                      int64_t block_bytes, int64_t tiles) {
+  /// `tiles` of x that follow each other, and `runs` of these, `apart` from one to the next.
+  void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes, int64_t tiles,
+                      int64_t runs = 1, int64_t apart = 0) {
+    if (start.now && (unsaved.parts != parts || unsaved.blocks != blocks)) save_sums();
     const Along along = pending.left < 4 ? Along::none : pending.along;
     if (along == Along::none) finish_pending();
-    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(x, x_second, x_stride, x_second_stride, x_step, weights, weights + block_bytes, tiles);
+    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])({x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles, runs, apart});
   }
 
+  struct Products {
+    const uint8_t *x, *x_second;
+    int64_t x_stride, x_second_stride;
+    const uint8_t *weights, *weights_second;
+    int64_t tiles, runs, apart;
+  };
+
   /// Every product of a tile takes 16 clocks; the processor sees 512 instructions ahead, and the epilogue of 32 rows has more: so some of it
-  /// stands behind each product.
+  /// stands behind each product. 4 rows per step take no time of their own, more do: it is spread over all steps of a tile.
   template <int kParts, int kBlocks, Along kAlong>
-  __attribute__((noinline)) void steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, int64_t x_step,
-                                       const uint8_t* weights, const uint8_t* weights_second, int64_t tiles) {
-    const int64_t weights_step = tile_steps * kStreamBytes;
+  __attribute__((noinline)) void steps(const Products& of) {
+    const int64_t x_step = 4 * tile_steps, weights_step = tile_steps * kStreamBytes, jump = of.apart - of.tiles * x_step;
+    const uint8_t *x = of.x, *x_second = of.x_second, *weights = of.weights, *weights_second = of.weights_second;
     PendingRows<kAlong> rows(pending);
-    const int later = tiles == 1 ? 4 : tiles < 4 ? 2 : 1, early = tiles < 8 ? later : 0;
     const auto some_rows = [&](int fours) __attribute__((always_inline)) {
 #pragma GCC unroll 1
       for (int i = 0; i < fours; ++i) rows.four();
     };
-    for (int64_t at = 0, weights_at = 0; tiles > 0; --tiles, at += x_step, weights_at += weights_step) {
-      load_tile<4>(x + at, x_stride);
-      load_tile<6>(weights + weights_at, kStreamBytes);
+    int64_t in_run = of.tiles;
+    const auto advance = [&]() __attribute__((always_inline)) {
+      const int64_t by = --in_run > 0 ? x_step : x_step + jump;
+      if (in_run == 0) in_run = of.tiles;
+      x += by, x_second += by, weights += weights_step, weights_second += weights_step;
+      ahead.step();
+      upcoming.step();
+    };
+    int64_t left = of.tiles * of.runs;
+    if (start.now) {
+      load_tile<4>(x, of.x_stride);
+      load_tile<6>(weights, kStreamBytes);
+      begin<0>();
       multiply_tiles<0, 4, 6>();
       if (kBlocks > 1) {
-        load_tile<7>(weights_second + weights_at, kStreamBytes);
+        load_tile<7>(weights_second, kStreamBytes);
+        begin<1>();
+        multiply_tiles<1, 4, 7>();
+      }
+      if (kParts > 1) {
+        load_tile<5>(x_second, of.x_second_stride);
+        begin<2>();
+        multiply_tiles<2, 5, 6>();
+      }
+      if (kParts > 1 && kBlocks > 1) {
+        begin<3>();
+        multiply_tiles<3, 5, 7>();
+      }
+      start.now = false;
+      unsaved.to = nullptr;
+      since_store = 0;
+      --left;
+      advance();
+      some_rows(rows_along);
+    }
+    const int later = (rows_along + 1) / 2, early = rows_along / 2;
+    for (; left > 0; --left) {
+      load_tile<4>(x, of.x_stride);
+      load_tile<6>(weights, kStreamBytes);
+      multiply_tiles<0, 4, 6>();
+      if (kBlocks > 1) {
+        load_tile<7>(weights_second, kStreamBytes);
         multiply_tiles<1, 4, 7>();
       }
       some_rows(early);
       if (kParts > 1) {
-        load_tile<5>(x_second + at, x_second_stride);
+        load_tile<5>(x_second, of.x_second_stride);
         multiply_tiles<2, 5, 6>();
       }
       if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
-      ahead.step();
-      upcoming.step();
+      advance();
       some_rows(later);
+      if (++since_store == kStepsWithoutStore) {  // measured: the first store of a tile in some 2000 clocks takes 1000 longer, so there is none
+        store_tile<0>(nothing, 0);
+        since_store = 0;
+      }
     }
     rows.stop();
   }
 
-  using Steps = void (AmxKernel::*)(const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, const uint8_t*, int64_t);
+  using Steps = void (AmxKernel::*)(const Products&);
 #define PROBQUANT_STEPS(parts, blocks) \
   {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
    &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::residual_relu>, \
@@ -505,17 +578,36 @@ class AmxKernel : public DenseEpilogue {
     range_sums = nullptr;
   }
 
-  void finish_pending() { output == Output::range ? finish_range() : pending.finish(); }
+  void finish_pending() {
+    save_sums();
+    output == Output::range ? finish_range() : pending.finish();
+  }
 
   int32_t* const held_end;
   const DenseDriver& driver;
   const int64_t part_rows;
   const bool joined;  ///< segments are a few bytes, and several of them are gathered into a tile
   const int64_t tile_steps, gathered_steps;
-  const bool tile_per_segment;  ///< of a few bytes
+  const int rows_along;  ///< fours of a pending tile's rows with each step
   bool strided = false;
   int64_t stride[2];
   int parts = 1, blocks = 1, second_row = 0;
+  /// Where the sums of a tile start, before its first product.
+  struct {
+    bool now = false;
+    bool zero;      ///< at 0, or at
+    int64_t bytes;  ///< from row to row
+    const int32_t* rows[4];
+  } start;
+  /// Sums that are in registers still, of the tile that is pending.
+  struct {
+    int32_t* to = nullptr;  ///< null: none are
+    int64_t second;         ///< from there to those of the second part
+    int parts, blocks;
+
+    int32_t* at(int tile) const { return to + tile / 2 * second + tile % 2 * kBlockChannels; }
+    int64_t row_bytes() const { return blocks * kBlockChannels * static_cast<int64_t>(sizeof(int32_t)); }
+  } unsaved;
   Pending pending;
   OutputRows range_rows;  ///< these and the following: of a tile whose range is pending
   int64_t range_samples[kTileRows];
@@ -523,6 +615,8 @@ class AmxKernel : public DenseEpilogue {
   int32_t* range_sums = nullptr;  ///< null: of none
   Stream ahead, upcoming;  ///< weights of the next panels, and what comes behind this layer
   int rows_of = 0;  ///< of pending.row, the tile's
+  int since_store = 0;                             ///< steps since the last store of a tile
+  alignas(64) uint8_t nothing[kTileBytes];
 
   int64_t gathered = 0, gathered_offset = 0;  ///< steps that are noted, and where their weights begin
   int64_t kept = 0;                           ///< tiles of gathered rows that are all that this tile's panels need

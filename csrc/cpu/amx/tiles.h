@@ -43,6 +43,10 @@ template <int tile>
 inline void store_tile(void* memory, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(memory), "r"(stride), "i"(tile) : "memory");
 }
+template <int tile>
+inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
 
 /// sum[i][j] += the four products of dword k of x[i] (unsigned) and dword j of weights[k] (signed), over k. Sums wrap.
 template <int sum, int x, int weights>

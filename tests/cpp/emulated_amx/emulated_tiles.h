@@ -51,6 +51,13 @@ inline void load_tile(const void* memory, int64_t stride) {
 }
 
 template <int tile>
+inline void zero_tile() {
+  EmulatedTiles& t = emulated_tiles();
+  require_tiles(t.configured && t.shape.rows[tile] > 0, "a tile to clear that is not configured");
+  std::memset(t.data[tile], 0, sizeof t.data[tile]);
+}
+
+template <int tile>
 inline void store_tile(void* memory, int64_t stride) {
   const EmulatedTiles& t = emulated_tiles();
   require_tiles(t.configured && t.shape.rows[tile] > 0, "a store of a tile that is not configured");
