@@ -114,7 +114,8 @@ struct Requantizer {
   const SampleConstants* const* samples;
   int64_t* const* counters;
   const SampleConstants one;  ///< of the first row
-  __mmask16 last_lanes;       ///< channels of the last block
+  bool full;                  ///< all channels of the last block exist
+  __mmask16 last_lanes;       ///< those that do
   uint64_t last_bytes;        ///< the same, of a packed vector
   uint32_t last_words;        ///< the same, of two rows
   CodeSums sums;
@@ -123,6 +124,7 @@ struct Requantizer {
   __attribute__((always_inline)) Requantizer(const TileOutput& output, int64_t block_bytes)
       : out(output), row(output.row), samples(output.samples), counters(output.counters), one(*output.samples[0]), header_bytes(block_bytes) {
     const int64_t last_channels = out.channels - (kBlocks - 1) * kBlockChannels;
+    full = last_channels >= kBlockChannels;
     last_lanes = first_lanes16(last_channels);
     last_bytes = ~uint64_t{0};
     last_words = ~uint32_t{0};
@@ -239,6 +241,11 @@ struct Requantizer {
       for (int i = 0; i < count; i += 2) {
         const __m512i order = _mm512_add_epi32(_mm512_load_si512(kRowPairOrder), _mm512_set1_epi32(i));
         const __m512i two = _mm512_permutex2var_epi32(q[j], order, q[j + 1]);
+        if (full) {  // without a mask the upper half goes to memory as it is
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[i] + j * kBlockChannels), _mm512_castsi512_si256(two));
+          if (i + 1 < count) _mm256_storeu_si256(reinterpret_cast<__m256i*>(y[i + 1] + j * kBlockChannels), _mm512_extracti64x4_epi64(two, 1));
+          continue;
+        }
         _mm256_mask_storeu_epi8(y[i] + j * kBlockChannels, lanes, _mm512_castsi512_si256(two));
         if (i + 1 < count) _mm256_mask_storeu_epi8(y[i + 1] + j * kBlockChannels, lanes, _mm512_extracti64x4_epi64(two, 1));
       }
