@@ -31,7 +31,7 @@ namespace {
 constexpr int kTileBlocks = 2;
 constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
-constexpr int64_t kGatheredBytes = 512;                 ///< of each row
+constexpr int64_t kGatheredBytes = 768;                 ///< of each row: a patch of 16 x 16 x 3, so that its panels need one gather
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
 constexpr int64_t kSegmentsApart = 3;                     ///< kernel rows of a few bytes that are tiles of their own
 constexpr int kStepsWithoutStore = 16;                    ///< of a tile: see steps()
