@@ -198,13 +198,13 @@ class AmxKernel : public DenseEpilogue {
  public:
   static constexpr bool kPrefetches = true;
   static constexpr int64_t kInputInCache = 640 << 10;
+  static constexpr int64_t weights_in_cache = 1 << 20;    ///< up to which tiles are outside of panels: half of L2
+  static constexpr int64_t weights_together = 384 << 10;  ///< bytes of panels that a tile meets one after the other, beyond that
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kTileBlocks)); }
 
   AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part, const LayerRange& range)
       : DenseEpilogue(owner.p, kind, kind == Output::floats ? nullptr : held_of(owner.p, range)),
-        weights_in_cache(panel_in_l1(owner.p.layout) ? 16 << 10 : 1 << 20),
-        weights_together(panel_in_l1(owner.p.layout) ? 0 : 384 << 10),
         held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
@@ -275,16 +275,9 @@ class AmxKernel : public DenseEpilogue {
     DenseEpilogue::end_chunk();
   }
 
-  const int64_t weights_in_cache;  ///< up to which tiles are outside of panels: half of L2
-  const int64_t weights_together;  ///< bytes of panels that a tile meets one after the other, beyond that
-
  private:
   /// Steps of products, about.
   int64_t steps_of(int64_t rows, int64_t panels) const { return max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps) * panels; }
-
-  /// A convolution's taps meet the same inputs, which come from L2 in a fraction of the weights' bytes, so what stays in L1 should be a
-  /// panel of its weights, where that can.
-  static bool panel_in_l1(const PackedLayout& layout) { return layout.taps > 1 && kTileBlocks * layout.block_bytes <= 24 << 10; }
 
   /// Bytes between the rows [begin, end) of a tile, if it is the same for all of them and all rows of a part can be read from there.
   bool part_stride(const Tile& tile, int begin, int end, int64_t& bytes) const {
