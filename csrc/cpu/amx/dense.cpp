@@ -41,8 +41,8 @@ template <bool kOneSample, bool kResidual, Clamp kClamp>
 constexpr RowsEpilogue kRowsEpilogues[kTileBlocks] = {requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>};
 
 /// Which epilogue the products of the next tile take along: those of two blocks, of one sample but for `samples` and `curved`.
-enum class Along { none, open, relu, any, residual, residual_relu, samples, curved, extremes };
-constexpr int kAlongKinds = 9;
+enum class Along { none, open, relu, positive, any, residual, residual_positive, samples, curved, extremes };
+constexpr int kAlongKinds = 10;
 
 /// A tile whose sums are known and whose codes are not all written.
 struct Pending {
@@ -88,8 +88,11 @@ class PendingRows {
 
  private:
   static constexpr bool kOneSample = kAlong != Along::samples;
-  static constexpr bool kResidual = kAlong == Along::residual || kAlong == Along::residual_relu || kAlong == Along::samples;
-  static constexpr Clamp kClamp = kAlong == Along::open ? Clamp::open : kAlong == Along::relu || kAlong == Along::residual_relu ? Clamp::relu : Clamp::any;
+  static constexpr bool kResidual = kAlong == Along::residual || kAlong == Along::residual_positive || kAlong == Along::samples;
+  static constexpr Clamp kClamp = kAlong == Along::open                                                 ? Clamp::open
+                                  : kAlong == Along::relu                                               ? Clamp::relu
+                                  : kAlong == Along::positive || kAlong == Along::residual_positive ? Clamp::positive
+                                                                                                        : Clamp::any;
   Pending& pending_;
   RowsFromMemory<kOneSample, kResidual, kClamp, kTileBlocks> from_;
   int left_;
@@ -513,7 +516,8 @@ class AmxKernel : public DenseEpilogue {
   using Steps = void (AmxKernel::*)(const Products&);
 #define PROBQUANT_STEPS(parts, blocks) \
   {&AmxKernel::steps<parts, blocks, Along::none>, &AmxKernel::steps<parts, blocks, Along::open>, &AmxKernel::steps<parts, blocks, Along::relu>, \
-   &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, &AmxKernel::steps<parts, blocks, Along::residual_relu>, \
+   &AmxKernel::steps<parts, blocks, Along::positive>, &AmxKernel::steps<parts, blocks, Along::any>, &AmxKernel::steps<parts, blocks, Along::residual>, \
+   &AmxKernel::steps<parts, blocks, Along::residual_positive>, \
    &AmxKernel::steps<parts, blocks, Along::samples>, &AmxKernel::steps<parts, blocks, Along::curved>, &AmxKernel::steps<parts, blocks, Along::extremes>}
   static constexpr Steps kSteps[2][kTileBlocks][kAlongKinds] = {{PROBQUANT_STEPS(1, 1), PROBQUANT_STEPS(1, 2)}, {PROBQUANT_STEPS(2, 1), PROBQUANT_STEPS(2, 2)}};
 #undef PROBQUANT_STEPS
@@ -523,13 +527,18 @@ class AmxKernel : public DenseEpilogue {
     pending.block_bytes = p.layout.block_bytes;
     pending.sums = sums;
     const SampleConstants& first = *samples[0];
-    const Along kind = p.residual ? first.relu ? Along::residual_relu : Along::residual : first.relu ? Along::relu : first.open ? Along::open : Along::any;
+    const Along kind = p.residual       ? first.positive ? Along::residual_positive : Along::residual
+                       : first.positive ? Along::positive
+                       : first.relu     ? Along::relu
+                       : first.open     ? Along::open
+                                        : Along::any;
     const bool own_samples = !tile.one_sample || curved;
     pending.along = panel.blocks < kTileBlocks ? Along::none : curved ? Along::curved : tile.one_sample ? kind : Along::samples;
     pending.epilogue = (curved                         ? kCurvedEpilogues
                         : !tile.one_sample             ? kRowsEpilogues<false, true, Clamp::any>
                         : kind == Along::residual      ? kRowsEpilogues<true, true, Clamp::any>
-                        : kind == Along::residual_relu ? kRowsEpilogues<true, true, Clamp::relu>
+                        : kind == Along::residual_positive ? kRowsEpilogues<true, true, Clamp::positive>
+                        : kind == Along::positive      ? kRowsEpilogues<true, false, Clamp::positive>
                         : kind == Along::relu          ? kRowsEpilogues<true, false, Clamp::relu>
                         : kind == Along::open          ? kRowsEpilogues<true, false, Clamp::open>
                                                        : kRowsEpilogues<true, false, Clamp::any>)[panel.blocks - 1];

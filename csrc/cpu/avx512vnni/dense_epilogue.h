@@ -20,6 +20,8 @@ struct SampleConstants {
   bool fits;   ///< valid, and values fit the conversion to integers
   bool plain;  ///< that, with an activation that the tile's own epilogue knows
   bool relu;   ///< zero point 0, and the activation lets nothing below 0 through
+  bool positive;  ///< that, and its upper bound is no code below 255, the same for all channels
+  bool clips;     ///< values beyond 255 count as clipped: that bound lies above
   bool open;   ///< no activation
   float x_scale, multiplier, inverse_scale, residual_multiplier, activation_lo, activation_hi;
   int32_t x_zero_point, residual_zero_point, zero_point;
@@ -44,6 +46,9 @@ struct SampleConstants {
       activation_lo = -__builtin_inff(), activation_hi = __builtin_inff();
     }
     relu = zero_point == 0 && activation_lo == 0.0f;
+    const int ceiling = _mm512_cvtsi512_si32(bound_codes(_mm512_set1_ps(activation_hi), zero_point));
+    positive = relu && ceiling >= 255 && (activation_hi == __builtin_inff() || !p.profiled_bounds());
+    clips = ceiling > 255;
     open = activation_lo == -__builtin_inff() && activation_hi == __builtin_inff();
   }
 };
@@ -73,7 +78,8 @@ struct BlockConstants {
 struct Moments {
   CodeSums sums;
   ClipCount clipped[2];  ///< two chains, of pairs of rows
-  int64_t values = 0;  ///< values written
+  int64_t values = 0;    ///< values written
+  bool words = false;    ///< clipped ones are counted as those of Clamp::positive
 };
 /// Values after which moments are flushed, between tiles. A tile of one row uses a quarter of the lanes of the sums, one of a
 /// few channels less still, and a lane holds 66,000 times 255 * 127 in any case.
@@ -194,6 +200,7 @@ struct Requantizer {
     out.moments->sums = sums;
     for (int pair = 0; pair < 2; ++pair) out.moments->clipped[pair] = clipped[pair];
     out.moments->values += rows * out.channels;
+    out.moments->words = kClamp == Clamp::positive;
   }
 
  private:
@@ -563,7 +570,11 @@ class DenseEpilogue {
     const int64_t at = current_sample - chunk_sample;
     int64_t* counter = counters[at];
     current.sums.flush(counter[kStatsSum], counter[kStatsSquares]);
-    for (ClipCount& clipped : current.clipped) counter[kStatsClipped] += clipped.flush();
+    for (ClipCount& clipped : current.clipped) {
+      if (current.words) clipped.widen();
+      const int64_t count = clipped.flush();
+      if (!current.words || constants[at].clips) counter[kStatsClipped] += count;
+    }
     current.values = 0;
   }
 

@@ -102,6 +102,7 @@ enum class Clamp {
   any,   ///< any bounds, any zero point
   open,  ///< no bounds
   relu,  ///< zero point 0 and nothing below it
+  positive,  ///< the same, and above it no bound that is a code below 255
 };
 
 /// Bounds t of an activation as codes, in dwords; one step outside of the codes at most, where values count as clipped.
@@ -118,21 +119,29 @@ struct WordRounding {
   template <Clamp kClamp>
   __m512i words(__m512i a, __m512i b) const {
     if (kClamp == Clamp::relu) return _mm512_min_epu16(_mm512_packus_epi32(a, b), ceiling);
+    if (kClamp == Clamp::positive) return _mm512_packs_epi32(a, b);
     const __m512i v = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point);
     return kClamp == Clamp::open ? v : _mm512_min_epi16(_mm512_max_epi16(v, floor), ceiling);
   }
 };
 
-/// Counts words outside of 0..255, per dword. What exists is counted; of Clamp::relu, whose other words are 0 or codes, everything.
+/// Counts words outside of 0..255, per dword. What exists is counted; of Clamp::relu, whose other words are 0 or codes, everything. Of
+/// Clamp::positive, words above 255, per word, by a comparison, which does not compete with the products of tiles.
 struct ClipCount {
   __m512i lanes = _mm512_setzero_si512();
 
   template <Clamp kClamp>
   void add(__m512i words, __mmask32 exist) {
+    if (kClamp == Clamp::positive) {
+      lanes = _mm512_mask_sub_epi16(lanes, _mm512_cmpgt_epi16_mask(words, _mm512_set1_epi16(255)), lanes, _mm512_set1_epi16(-1));
+      return;
+    }
     if (kClamp != Clamp::relu) words = _mm512_maskz_min_epu16(exist, words, _mm512_set1_epi16(256));
     lanes = _mm512_dpbusd_epi32(lanes, words, _mm512_set1_epi16(0x0100));  // their high bytes
   }
   void add(__mmask16 clipped) { lanes = _mm512_mask_sub_epi32(lanes, clipped, lanes, _mm512_set1_epi32(-1)); }
+  /// The counts per word become such per dword.
+  void widen() { lanes = _mm512_add_epi32(_mm512_and_si512(lanes, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(lanes, 16)); }
   /// The count; starts again.
   int64_t flush() {
     const int64_t count = _mm512_reduce_add_epi32(lanes);
