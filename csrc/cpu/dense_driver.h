@@ -510,6 +510,8 @@ class DenseDriver {
   /// What all panels of a tile share.
   void prepare(const Tile& tile) {
     if (!reads_x) return;
+    const Box& b = tile.box;
+    const bool as_before = direct && one_call && b.ky0 == prepared.ky0 && b.ky1 == prepared.ky1 && b.kx0 == prepared.kx0 && b.kx1 == prepared.kx1;
     direct = tile.pure && !reads_past_end(tile);
     input.segments = segments;
     input.rows = direct ? tile.x : table;
@@ -518,8 +520,10 @@ class DenseDriver {
     input.zero_points = zero_points;
     input.one_zero_point = tile.one_sample;
     for (int i = 0; i < (tile.one_sample ? 1 : tile.rows); ++i) zero_points[i] = p.samples[tile.sample[i]].x_zero_point;
-    Cursor at{tile.box.ky0, tile.box.kx0, 0};
+    if (direct && as_before) return;
+    Cursor at{b.ky0, b.kx0, 0};
     one_call = !next(tile, at);
+    prepared = b;
   }
 
   /// Sums of the weights that the tile will meet.
@@ -556,6 +560,7 @@ class DenseDriver {
   TileInput input;
   bool direct = true;    ///< the tile reads x itself
   bool one_call = true;  ///< its segments all fit
+  Box prepared{-1, -1, -1, -1};  ///< whose segments these are
   alignas(64) int32_t box_sums[kPanelBlocks * kBlockChannels];
   int32_t zero_points[kTileRows];
   Segment segments[kCallSegments];
