@@ -14,7 +14,8 @@
 //
 // Register tile: 6 rows x 16 channels, 12 accumulators. 8 channels at a time keep their weights (and signs) in registers, and 6 inputs
 // are broadcast for each: 14 (16) loads beside 36 (48) instructions that calculate. Memory operands would cost 5 to 14 % (Golden Cove).
-// The driver's tile has 24 rows, and L1 holds those of a step's neighbours; weights come from L2 at 5 (8) bytes per clock.
+// The driver's tile has 24 rows, 4 register tiles, which meet a block's weights one after the other: 64 (128) bytes per 12 (16) clocks, from L2
+// where they do not stay in L1.
 // winograd.h does 3x3 convolutions of stride 1 in fewer products.
 // dense_driver.h has the order of the loops and the budget of L2.
 #define PROBQUANT_TILE_ROWS 24
