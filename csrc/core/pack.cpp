@@ -20,16 +20,16 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
   const auto widen = [](float& largest, float x) { largest = is_finite(x) ? max_f(largest, std::fabs(x)) : kInfinity; };
   for (int64_t o = 0; o < layout.out_channels; ++o) {
     uint8_t* block = packed + layout.block_offset(o);
-    const int64_t lane = layout.lane(o);
+    const int64_t lane = layout.lane(o), first = layout.first_input(o);
     auto* segment_sums = reinterpret_cast<int32_t*>(block + layout.sums_offset) + lane;
     int32_t sum = 0;
     for (int64_t tap = 0; tap < layout.taps; ++tap)
-      for (int64_t i = 0; i < layout.inputs; ++i) {
+      for (int64_t i = 0; i < layout.own_inputs; ++i) {
         const int8_t w = *weight++;
         require(w != -128, "weight: value -128 in output channel ", o, ", want [-127, 127]");
         sum += w;
         if (layout.segments > 1) segment_sums[tap / layout.segment_taps * kBlockChannels] += w;
-        block[layout.weight_offset(lane, tap, i)] = static_cast<uint8_t>(w);
+        block[layout.weight_offset(lane, tap, first + i)] = static_cast<uint8_t>(w);
       }
     auto* header = reinterpret_cast<BlockHeader*>(block);
     header->weight_sum[lane] = sum;

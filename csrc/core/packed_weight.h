@@ -7,6 +7,8 @@
 // Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps of one kernel column in the place of 4 inputs:
 //   stream        [kernel_width][ceil(kernel_height / 4)][16 channels][4 ky]
 // so that a step meets the 4 input rows of one column, interleaved once for all the outputs that touch the column.
+// Groups of few output channels share a block, as one group whose weights between them are 0: that costs no more steps than blocks that
+// are mostly empty, and a step's inputs lie together.
 // AMX loads 16 steps at once, of which a segment's last may be beyond its end.
 // Behind the last block comes a PackedTrailer, long enough for that. Everything is a multiple of 64 bytes.
 #pragma once
@@ -37,9 +39,11 @@ static_assert(sizeof(PackedTrailer) % kStreamBytes == 0, "a multiple of 64 bytes
 
 struct PackedLayout {
   bool depthwise;
-  int64_t out_channels, groups, taps, inputs;  ///< inputs per group
+  int64_t out_channels, own_inputs;            ///< own_inputs: of one output channel
+  int64_t joined_groups;                       ///< the layer's groups that are one group of what follows
+  int64_t groups, taps, inputs;                ///< inputs per group
   int64_t kernel_width, column_steps;          ///< column_steps: 64-byte steps per kernel column of a depthwise stream
-  int64_t group_channels;                      ///< output channels per group of blocks: O / groups, or O when depthwise
+  int64_t group_channels;                      ///< output channels per group, or all when depthwise
   int64_t group_blocks;                        ///< blocks per such group
   int64_t segment_taps;                        ///< taps per segment: 1, or the kernel's width
   int64_t segment_steps;                       ///< 64-byte steps per segment
@@ -51,12 +55,14 @@ struct PackedLayout {
   explicit PackedLayout(const WeightShape& s)
       : depthwise(is_depthwise(s)),
         out_channels(s.out_channels),
-        groups(s.groups),
+        own_inputs(s.in_channels_per_group),
+        joined_groups(depthwise ? 1 : groups_of_block(s)),
+        groups(s.groups / joined_groups),
         taps(s.kernel_height * s.kernel_width),
-        inputs(s.in_channels_per_group),
+        inputs(own_inputs * joined_groups),
         kernel_width(s.kernel_width),
         column_steps((s.kernel_height + 3) / 4),
-        group_channels(depthwise ? s.out_channels : s.out_channels / s.groups),
+        group_channels(depthwise ? out_channels : out_channels / groups),
         group_blocks((group_channels + kBlockChannels - 1) / kBlockChannels),
         segment_taps(joins_rows(s) ? s.kernel_width : 1),
         segment_steps((segment_taps * inputs + 3) / 4),
@@ -75,6 +81,8 @@ struct PackedLayout {
   }
   /// Lane of channel o in its block.
   int64_t lane(int64_t o) const { return (o % group_channels) % kBlockChannels; }
+  /// The first of channel o's own inputs, among those of its group.
+  int64_t first_input(int64_t o) const { return o % group_channels * joined_groups / group_channels * own_inputs; }
   /// Byte offset in a block of the weight at (lane, tap, input).
   int64_t weight_offset(int64_t lane, int64_t tap, int64_t input) const {
     const int64_t at = depthwise ? tap / kernel_width : tap % segment_taps * inputs + input;
@@ -83,6 +91,12 @@ struct PackedLayout {
   }
 
  private:
+  /// As many groups as fill a block.
+  static int64_t groups_of_block(const WeightShape& s) {
+    int64_t count = kBlockChannels * s.groups / s.out_channels;
+    while (count > 1 && (count > s.groups || s.groups % count != 0)) --count;
+    return count > 1 ? count : 1;
+  }
   static bool joins_rows(const WeightShape& s) {
     const int64_t row = s.kernel_width * s.in_channels_per_group;
     return s.groups == 1 && s.kernel_width > 1 && s.in_channels_per_group < 16 && s.in_channels_per_group % 4 != 0 && row <= 128;

@@ -15,10 +15,10 @@ namespace {
 int32_t accumulate(const LayerProblem& p, int64_t row, int64_t channel) {
   const Conv2dShape& s = p.shape;
   const int64_t image = row / p.rows_per_sample, oy = row % p.rows_per_sample / p.out_width, ox = row % p.out_width;
-  const int64_t inputs = p.layout.inputs, group = channel / (s.out_channels / s.groups);
+  const int64_t inputs = s.in_channels / s.groups, group = channel / (s.out_channels / s.groups);
   const uint8_t* block = p.packed_weight + p.layout.block_offset(channel);
   const auto* weights = reinterpret_cast<const int8_t*>(block);
-  const int64_t lane = p.layout.lane(channel);
+  const int64_t lane = p.layout.lane(channel), first = p.layout.first_input(channel);
   const int32_t zero_point = p.samples[image].x_zero_point;
   int32_t sum = 0;
   for (int64_t ky = 0; ky < s.kernel_height; ++ky)
@@ -28,7 +28,7 @@ int32_t accumulate(const LayerProblem& p, int64_t row, int64_t channel) {
       if (iy < 0 || iy >= s.in_height || ix < 0 || ix >= s.in_width) continue;  // padding is x = 0
       const uint8_t* pixel = p.x + ((image * s.in_height + iy) * s.in_width + ix) * s.in_channels + group * inputs;
       const int64_t tap = ky * s.kernel_width + kx;
-      for (int64_t i = 0; i < inputs; ++i) sum += (pixel[i] - zero_point) * weights[p.layout.weight_offset(lane, tap, i)];
+      for (int64_t i = 0; i < inputs; ++i) sum += (pixel[i] - zero_point) * weights[p.layout.weight_offset(lane, tap, first + i)];
     }
   return sum;
 }

@@ -119,7 +119,7 @@ Conv2dShape random_shape(Random& r) {
       s.in_channels = r.one_in(30) ? r.between(250, 600) : r.one_in(3) ? r.between(1, 8) : edge_size(r, 70);
       s.out_channels = edge_size(r, 130);
     } else if (kind < 9) {  // grouped
-      s.groups = r.between(2, 5);
+      s.groups = r.one_in(2) ? r.between(2, 5) : r.between(6, 40);
       s.in_channels = s.groups * r.between(2, 20);
       s.out_channels = s.groups * r.between(1, 40);
     } else {  // depthwise
