@@ -71,7 +71,8 @@ def quantize(
     criterion: what the widths of a range are fitted to: "mse", "percentile" or "minmax"; for static ranges also "entropy". Those of
         predicted ranges are fitted on shifted copies of the samples, too, "mse" to the mean square of the samples' noise over signal.
     percentile: share of the calibration outputs, in %, that must not be clipped, for criterion "percentile".
-    bias_correction: adds the mean error of a layer's rounded weights, measured on the calibration data and shifted copies of it, to its bias.
+    bias_correction: takes the mean error that a layer's rounded weights make on the calibration data and shifted copies of it, each over its
+        signal, out of its bias.
     channel_profile: a static factor per channel of every tensor that only layers read, at no cost at run time (profiles.py). None: for the
         probabilistic strategy, unless its surrogate does better without (auto always has them); static and dynamic quantization are then
         what is commonly meant by it.
@@ -425,10 +426,9 @@ class _Plan:
         """Learns from the float values of one chunk of samples: what the weights are rounded and biased for, also from shifted copies;
         the fixed ranges of static quantization from the samples as they are, as is usual."""
         x = self.unit.inputs[0]
-        if self.rounding_fit is not None:
-            self.rounding_fit.update(values[x].float())
-        if self.bias_fit is not None:
-            self.bias_fit.update(values[x].float())
+        for fit in (self.rounding_fit, self.bias_fit):
+            if fit is not None:
+                fit.update(values[x].float(), surrogates.sample_weights(values[self.unit.anchor]))
         if shifted:
             return
         if self.settings["strategy"] == "static" and self.unit.is_layer:

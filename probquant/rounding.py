@@ -4,7 +4,8 @@ GPTQ (Frantar et al., arXiv 2210.17323), after Optimal Brain Surgeon: with H the
 rounding makes at the output of one channel is d^T H d for the vector d of its weights' errors. Weights are rounded one after the
 other, and the error of each is spread over those still to come, by a Cholesky factor of H's inverse.
 
-H is streamed from calibration. The mean of the inputs is taken out of it where bias correction takes care of the mean error.
+H is streamed from calibration, every sample over the signal at the layer's output. The mean of the inputs is taken out of it where bias
+correction takes care of the mean error.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ class RoundingFit:
         size = self.kernel[0] * self.kernel[1] * weight_shape[-1]
         self.moments = torch.zeros(self.groups, size, size)
         self.sums = torch.zeros(self.groups, size)
-        self.count = 0
+        self.count = 0.0
 
-    def update(self, x: torch.Tensor) -> None:
-        """x: the layer's float input, [N, C, H, W] of a convolution or [..., K]."""
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """x: the layer's float input, [N, C, H, W] of a convolution or [N, ..., K]; weights: surrogates.sample_weights() of its output."""
         if self.options.keys() >= {"stride", "padding", "dilation"} and x.dim() == 4:
             top, bottom, left, right = self.options["padding"]
             x = torch.nn.functional.pad(x, (left, right, top, bottom))
             fields = x.flatten(2)[:, :, self._field_positions(*x.shape[2:])]  # [N, C, taps, positions]
-            self._add(fields.permute(1, 2, 0, 3).reshape(self.groups, -1, fields.shape[0] * fields.shape[3]))
+            count = fields.shape[3]
+            self._add(fields.permute(1, 2, 0, 3).reshape(self.groups, -1, fields.shape[0] * count), weights.repeat_interleave(count))
         else:
-            self._add(x.reshape(1, -1, x.shape[-1]).mT)
+            self._add(x.reshape(1, -1, x.shape[-1]).mT, weights.repeat_interleave(x.shape[1:-1].numel()))
 
     def _field_positions(self, height: int, width: int) -> torch.Tensor:
         """[taps, positions]: where in a padded image of this size the receptive fields that count have their values."""
@@ -50,11 +52,12 @@ class RoundingFit:
         taps = (torch.arange(kh)[:, None] * dh * width + torch.arange(kw) * dw).reshape(-1, 1)
         return taps + at // across * sh * width + at % across * sw
 
-    def _add(self, fields: torch.Tensor) -> None:
-        """fields: [groups, K, positions]"""
-        self.moments += fields @ fields.mT
-        self.sums += fields.sum(2)
-        self.count += fields.shape[2]
+    def _add(self, fields: torch.Tensor, weights: torch.Tensor) -> None:
+        """fields: [groups, K, positions]; weights: [positions]"""
+        weighed = fields * weights.to(fields)
+        self.moments += weighed @ fields.mT
+        self.sums += weighed.sum(2)
+        self.count += float(weights.sum())
 
     def fit(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """int8 codes in [-127, 127], for the float weight and its scale [O]."""
@@ -62,8 +65,8 @@ class RoundingFit:
             weight = weight.permute(0, 3, 1, 2)  # unfold's order
         shape = weight.shape
         w = weight.double().reshape(self.groups, shape[0] // self.groups, -1) / scale.double().reshape(self.groups, -1, 1)
-        mean = self.sums.double() / max(self.count, 1)
-        h = self.moments.double() / max(self.count, 1)
+        mean = self.sums.double() / (self.count or 1.0)
+        h = self.moments.double() / (self.count or 1.0)
         if self.centred:
             h -= mean[:, :, None] * mean[:, None, :]
         diagonal = h.diagonal(dim1=1, dim2=2)

@@ -398,11 +398,19 @@ class CorrelationFit:
         return max(-1.0, min(1.0, covariance / math.sqrt(a * b))) if a > 0 and b > 0 else 0.0
 
 
+def sample_weights(y: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: what each sample counts for where the errors of a layer's weights are made good, from the layer's float outputs [N, ...]:
+    one over their mean square, so that errors are weighed against the signal they come with, and 0 where there is none."""
+    power = y.double().square().flatten(1).mean(1)
+    return torch.where(power > 0, 1.0 / power, 0.0)
+
+
 class BiasFit:
     """Bias correction: the mean error per output channel that rounding a layer's weights makes, to be added to its bias.
 
     A layer is linear in its weights, so the mean error is the weights' rounding errors times the mean input behind each of
-    them: what is kept is that mean, [C, kh, kw] or [K]. It is not zero for any input that passed a ReLU.
+    them: what is kept is that mean, [C, kh, kw] or [K]. It is not zero for any input that passed a ReLU. Samples count by sample_weights():
+    a shift under which activations grow tenfold must not set what all others get.
     """
 
     def __init__(self, weight_shape: Sequence[int], options: dict):
@@ -411,14 +419,16 @@ class BiasFit:
         self.options = options
         self.total, self.count = 0.0, 0
 
-    def update(self, x: torch.Tensor) -> None:
-        """x: the layer's float input."""
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """x: the layer's float input [N, ...]; weights: sample_weights() of its output."""
+        x = torch.tensordot(weights, x.double(), 1)
         if self.kernel is None:
-            self.total = self.total + x.flatten(0, -2).sum(0, dtype=torch.float64)
-            self.count += x.shape[:-1].numel()
+            x = x.reshape(-1, x.shape[-1])
+            self.total = self.total + x.sum(0)
+            self.count += float(weights.sum()) * len(x)
             return
         top, bottom, left, right = self.options["padding"]
-        images, x = len(x), torch.nn.functional.pad(x.sum(0, dtype=torch.float64), (left, right, top, bottom))
+        x = torch.nn.functional.pad(x, (left, right, top, bottom))
         (sh, sw), (dh, dw), (kh, kw) = self.options["stride"], self.options["dilation"], self.kernel
         height, width = (x.shape[1] - dh * (kh - 1) - 1) // sh + 1, (x.shape[2] - dw * (kw - 1) - 1) // sw + 1
         taps = [
@@ -427,7 +437,7 @@ class BiasFit:
             for kx in range(kw)
         ]
         self.total = self.total + torch.stack(taps, 1).reshape(-1, kh, kw)
-        self.count += images * height * width
+        self.count += float(weights.sum()) * height * width
 
     def fit(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """float32 [O], for the float weight and its int8 codes and scale."""
