@@ -60,8 +60,8 @@ struct StretchPlanner {
     const double beyond = std::max(0.0, std::min(activations, activations + op.weights - kept));
     return static_cast<double>(rounds) * (op.weights + kCall + beyond) + (groups == 1 ? meeting() : 0);
   }
-  /// The same, for another grouping behind the op.
-  double of_change(const OpTraffic& op) const { return op.behind * static_cast<double>(batch) / static_cast<double>(threads) + meeting(); }
+  /// The same, for another grouping behind the op: what lives on is written once more, which reads first, and is read from there.
+  double of_change(const OpTraffic& op) const { return 3 * op.behind * static_cast<double>(batch) / static_cast<double>(threads) + meeting(); }
 
   /// The cheapest: a shortest path over ops and groupings, in a microsecond or two.
   std::vector<Stretch> plan(const std::vector<OpTraffic>& ops) const {
@@ -90,8 +90,8 @@ struct StretchPlanner {
   }
 
  private:
-  static constexpr double kOfL2 = 0.5;      // the rest has what earlier ops wrote, which leaves last
-  static constexpr double kCall = 40e3;     // an op's call: what L3 gives in 1.4 us
+  static constexpr double kOfL2 = 0.25;      // the rest holds weights to come, and values that no one reads any more, which leave late
+  static constexpr double kCall = 20e3;      // an op's call: what L3 gives in 0.7 us
   static constexpr double kMeeting = 120e3;  // threads that wait for each other: 4 us
 
   double meeting() const { return threads > 1 ? kMeeting : 0; }
