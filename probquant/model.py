@@ -140,8 +140,9 @@ class QuantizedModel(fx.GraphModule):
                 return graph_forward(self, *args, **kwargs)
             run, tensors = self._recorded
             if run is None or not all(holder.get(name) is tensor for holder, name, tensor in tensors):
-                inputs = inspect.signature(graph_forward).bind(self, *args, **kwargs).args[1:]
-                run = record(self, inputs) or functools.partial(graph_forward, self)
+                bound = inspect.signature(graph_forward).bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                run = record(self, bound.args[1:]) or functools.partial(graph_forward, self)
                 self.__dict__["_recorded"] = (run, self._tensors_read())
             return run(*args, **kwargs)
 

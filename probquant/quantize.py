@@ -139,7 +139,7 @@ def quantize_graph(
         components = find_components(units)
         profiles = apply_profiles(components, choose_powers(components, seen), seen)
     variants = [_Variant.of(units, settings, profiles)]
-    if profiles and settings["channel_profile"] is None:  # what there would be without them: dynamic quantization, or the surrogate itself
+    if profiles and (auto or settings["channel_profile"] is None):  # what there would be without them: dynamic quantization, or the surrogate itself
         variants.append(_Variant.of(plain, {**settings, "strategy": "dynamic"} if auto else settings))
     _calibrate(graph_module, variants, chain(held, chunks), progress, shifted)
     if auto:

@@ -400,9 +400,11 @@ class CorrelationFit:
 
 def sample_weights(y: torch.Tensor) -> torch.Tensor:
     """float64 [N]: what each sample counts for where the errors of a layer's weights are made good, from the layer's float outputs [N, ...]:
-    one over their mean square, so that errors are weighed against the signal they come with, and 0 where there is none."""
+    one over their mean square, so that errors are weighed against the signal they come with, and 0 where there is none. A tenth of the
+    samples' median is the least that divides: one flat picture must not decide alone."""
     power = y.double().square().flatten(1).mean(1)
-    return torch.where(power > 0, 1.0 / power, 0.0)
+    median = power[power > 0].median() if (power > 0).any() else 1.0
+    return torch.where(power > 0, 1.0 / power.clamp(min=max(0.1 * float(median), 1e-30)), 0.0)
 
 
 class BiasFit:

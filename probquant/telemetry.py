@@ -34,7 +34,7 @@ class Telemetry:
         and layer the values clipped and the samples (images, or tokens) that were invalid: not finite. Export or compile
         this one; layers are in the order of rows().
     prepare: applied to the graph once, for example ``torch.compile``; the result is what a call runs. Without it that is the graph,
-        on the CPU as recorded (recording.py), with the tensors that the model has now.
+        on the CPU as recorded (recording.py), with the tensors that the model has at the first call.
     """
 
     def __init__(self, qmodel: QuantizedModel, prepare: Callable[[fx.GraphModule], Callable] | None = None):

@@ -146,7 +146,7 @@ def cases():
             yield op, {"groups": groups}, [f"groups {groups}", "must divide in_channels 4 and out_channels 8"]
         yield op, {"out_channels": 0}, ["out_channels 0"]
         yield op, {"out_channels": -8}, ["out_channels -8"]
-    yield "conv2d", {"groups": 2}, ["packed_weight has shape", "want"]
+    yield "conv2d", {"groups": 2}, [r"packed_weight holds a weight of shape \[8, 3, 3, 4\] with groups 1, want \[8, 3, 3, 2\] with groups 2"]
     yield "conv2d", {"x": image(h=0)[0]}, [r"0, 5, 4|kernel .* is larger than the padded input", "positive|larger"]
     for size in ([], [1, 2, 3]):
         yield "adaptive_avg_pool2d", {"output_size": size}, ["output_size", re.escape(str(size)), "want one or two values"]

@@ -157,6 +157,16 @@ void check_layer(const Conv2dShape& s, const LayerArguments& a) {
           "conv2d: the layer is too large for exact patch sums (", s.out_height(), " x ", s.out_width(), " positions of ", field_weights(s), " values)");
 }
 
+void check_packed_for(const WeightShape& wanted, const WeightShape& packed) {
+  const auto text = [](const WeightShape& s) {
+    return "[" + std::to_string(s.out_channels) + ", " + std::to_string(s.kernel_height) + ", " + std::to_string(s.kernel_width) + ", " +
+           std::to_string(s.in_channels_per_group) + "] with groups " + std::to_string(s.groups);
+  };
+  const bool same = wanted.out_channels == packed.out_channels && wanted.kernel_height == packed.kernel_height && wanted.kernel_width == packed.kernel_width &&
+                    wanted.in_channels_per_group == packed.in_channels_per_group && wanted.groups == packed.groups;
+  require(same, "conv2d: packed_weight holds a weight of shape ", [&] { return text(packed); }, ", want ", [&] { return text(wanted); });
+}
+
 void check_weight(const WeightShape& s) {
   require(s.out_channels > 0 && s.kernel_height > 0 && s.kernel_width > 0 && s.in_channels_per_group > 0 && s.groups > 0,
           "weight: every size must be positive, got [", s.out_channels, ", ", s.kernel_height, ", ", s.kernel_width, ", ", s.in_channels_per_group,

@@ -57,6 +57,8 @@ void check_layer_shape(const Conv2dShape& shape);
 void check_layer(const Conv2dShape& shape, const LayerArguments& arguments);
 /// Checks the sizes of a weight.
 void check_weight(const WeightShape& shape);
+/// Throws unless a packed weight is of the shape that a layer wants.
+void check_packed_for(const WeightShape& wanted, const WeightShape& packed);
 
 inline bool is_gaussian(Strategy s) { return s == Strategy::gaussian || s == Strategy::gaussian_channel; }
 inline bool has_law(Strategy s) { return is_gaussian(s) || s == Strategy::channel; }

@@ -219,7 +219,9 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.activation = a.activation;
   p.activation_min = a.activation_min;
   p.activation_max = a.activation_max;
-  p.profile = reinterpret_cast<const PackedTrailer*>(a.packed_weight + p.layout.trailer_offset())->profile;
+  const auto& trailer = *reinterpret_cast<const PackedTrailer*>(a.packed_weight + p.layout.trailer_offset());
+  check_packed_for(weight_shape(shape), trailer.shape);
+  p.profile = trailer.profile;
   p.y = a.y.q;
   p.stats = a.y.stats;
   p.channel_stats = a.y.channel_stats;

@@ -16,7 +16,7 @@ void pack_weight(const WeightShape& shape, const int8_t* weight, const float* we
   check_weight(shape);
   const PackedLayout layout(shape);
   std::memset(packed, 0, static_cast<size_t>(layout.bytes()));
-  PackedTrailer trailer{{kInfinity, 0.0f}, 0.0f, 0.0f, {}};
+  PackedTrailer trailer{{kInfinity, 0.0f}, 0.0f, 0.0f, shape, {}};
   const auto widen = [](float& largest, float x) { largest = is_finite(x) ? max_f(largest, std::fabs(x)) : kInfinity; };
   for (int64_t o = 0; o < layout.out_channels; ++o) {
     uint8_t* block = packed + layout.block_offset(o);

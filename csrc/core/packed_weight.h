@@ -7,8 +7,8 @@
 // Depthwise (I = 1, groups > 1, in_channels = groups) has 4 taps of one kernel column in the place of 4 inputs:
 //   stream        [kernel_width][ceil(kernel_height / 4)][16 channels][4 ky]
 // so that a step meets the 4 input rows of one column, interleaved once for all the outputs that touch the column.
-// Groups of few output channels share a block, as one group whose weights between them are 0: that costs no more steps than blocks that
-// are mostly empty, and a step's inputs lie together.
+// A group here is as many of the layer's groups as fill a block of 16 channels, with weights of 0 between them: that costs no more steps than
+// blocks that are mostly empty, and a step's inputs lie together.
 // AMX loads 16 steps at once, of which a segment's last may be beyond its end.
 // Behind the last block comes a PackedTrailer, long enough for that. Everything is a multiple of 64 bytes.
 #pragma once
@@ -33,7 +33,8 @@ static_assert(sizeof(BlockHeader) == 320, "a block stays a multiple of 64 bytes"
 struct PackedTrailer {
   ProfileSpan profile;
   float largest_scale, largest_bias;  ///< magnitudes of the headers', infinite if one is not finite (the CPU's)
-  uint8_t padding[16 * kStreamBytes - sizeof(ProfileSpan) - 2 * sizeof(float)];
+  WeightShape shape;                  ///< since weights of different shapes may take the same bytes
+  uint8_t padding[16 * kStreamBytes - sizeof(ProfileSpan) - 2 * sizeof(float) - sizeof(WeightShape)];
 };
 static_assert(sizeof(PackedTrailer) % kStreamBytes == 0, "a multiple of 64 bytes");
 

@@ -111,7 +111,7 @@ class DenseDriver {
         tap_y(s.dilation_height * s.in_width * s.in_channels),
         tap_x(s.dilation_width * s.in_channels),
         joined(layout.segment_taps > 1),
-        contiguous(s.dilation_width == 1 && (joined || (s.groups == 1 && layout.inputs % 4 == 0))),
+        contiguous(s.dilation_width == 1 && (joined || (layout.groups == 1 && layout.inputs % 4 == 0))),
         full{0, s.kernel_height, 0, s.kernel_width} {
     for (int32_t& z : zero_run_value) z = -1;
     interior_y0 = min_i(ceil_div(s.padding_top, s.stride_height), p.out_height);
@@ -145,8 +145,8 @@ class DenseDriver {
     return part_rows;
   }
 
-  /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows) before the tiles that meet those
-  /// weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
+  /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows, whether for the last time) before
+  /// the tiles that meet those weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
@@ -158,14 +158,14 @@ class DenseDriver {
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= kernel.weights_in_cache && !p.channel_stats;
       const bool brings = !Kernel::kPrefetches && reads_x, last_group = group == last_block / layout.group_blocks;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
+      Ahead behind_all = tiles_outside && brings && last_group ? behind_layer(rows, max_rows) : Ahead();
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
         const int64_t end = min_i(begin + chunk, range.row_end);
         kernel.start_chunk(begin, end);
         if (tiles_outside) {
-          if (begin == range.row_begin) kernel.start_weights(p.packed_weight + (base + b0) * layout.block_bytes, b1 - b0, rows);
-          Ahead ahead = brings && last_group ? behind_layer(rows, max_rows) : Ahead();
+          if (begin == range.row_begin) kernel.start_weights(p.packed_weight + (base + b0) * layout.block_bytes, b1 - b0, rows, true);
           for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
-            ahead.bring();
+            behind_all.bring();
             kernel.start_tile(tile);
             for_each_panel<Kernel>(b0, b1, [&](const Panel& panel) { kernel.run(*this, tile, panel); });
           });
@@ -177,7 +177,7 @@ class DenseDriver {
             Ahead ahead;
             if (brings && b + blocks < b1) ahead = Ahead(block + bytes, bytes, end - begin, max_rows);
             else if (brings && last_group && end == range.row_end) ahead = behind_layer(end - begin, max_rows);
-            kernel.start_weights(block, blocks, end - begin);
+            kernel.start_weights(block, blocks, end - begin, end == range.row_end);
             for_each_tile(begin, end, max_rows, [&](const Tile& tile) {
               ahead.bring();
               kernel.start_tile(tile);

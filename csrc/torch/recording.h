@@ -171,8 +171,13 @@ class Replay : public Numbers {
     std::vector<size_t> numbers(traffic.size());
     const int64_t images = batch();
     double bytes = 0;
-    for (size_t i = 0; i < inputs_ && images > 1; ++i) bytes += static_cast<double>(values_[i]->numel()) * codes().item_bytes(values_[i]->dtype());
-    const double larger = recorded_bytes > 0 ? bytes / static_cast<double>(images) / recorded_bytes : 0;  // than when it was recorded, images are
+    bool known = true;  // or an op will say what it wanted
+    for (size_t i = 0; i < inputs_ && images > 1; ++i) {
+      const size_t item = codes().known_bytes(values_[i]->dtype());
+      known = known && item > 0;
+      bytes += static_cast<double>(values_[i]->numel()) * static_cast<double>(item);
+    }
+    const double larger = known && recorded_bytes > 0 ? bytes / static_cast<double>(images) / recorded_bytes : 0;  // than when it was recorded, images are
     for (size_t i = 0; i < traffic.size(); ++i) {
       numbers[i] = length();
       const bool by_image = integer() != 0;

@@ -78,13 +78,19 @@ struct Codes {
   int32_t float32 = aoti_torch_dtype_float32();
   int32_t float64 = aoti_torch_dtype_float64();
 
-  /// Of an element of the dtypes that ops know.
-  size_t item_bytes(int32_t dtype) const {
+  /// Of an element of the dtypes that ops know; 0 for others.
+  size_t known_bytes(int32_t dtype) const {
     if (dtype == uint8 || dtype == int8 || dtype == boolean) return 1;
     if (dtype == float16 || dtype == bfloat16) return 2;
     if (dtype == float32 || dtype == int32) return 4;
     if (dtype == int64 || dtype == float64) return 8;
-    throw Error("a tensor of a dtype that no op knows");
+    return 0;
+  }
+  /// The same; others are an error.
+  size_t item_bytes(int32_t dtype) const {
+    const size_t bytes = known_bytes(dtype);
+    if (bytes == 0) throw Error("a tensor of a dtype that no op knows");
+    return bytes;
   }
 };
 

@@ -229,7 +229,7 @@ class AmxKernel : public DenseEpilogue {
   ~AmxKernel() { release_tiles(); }  // a configuration left behind would be saved with every switch of the thread
 
   /// The next panels' weights come from L3 or memory while these multiply, a share in each step.
-  void start_weights(const uint8_t* block, int64_t panel_blocks, int64_t rows) {
+  void start_weights(const uint8_t* block, int64_t panel_blocks, int64_t rows, bool) {
     const int64_t bytes = panel_blocks * p.layout.block_bytes, left = p.packed_weight + p.layout.trailer_offset() - (block + bytes);
     ahead = {block + bytes, min_i(bytes, left), steps_of(rows, ceil_div(panel_blocks, kTileBlocks))};
   }

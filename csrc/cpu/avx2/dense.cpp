@@ -259,7 +259,6 @@ class TileMultiplier {
   }
 
  private:
-
   /// Many short segments that follow each other in the weights are copied to follow each other in x: two short loops of each take longer.
   void join(TileInput& in, int rows) {
     const int64_t steps = in.segments[0].steps, total = steps * in.segment_count;
@@ -365,9 +364,8 @@ class DenseKernel {
     }
   }
 
-
   /// The weights that tiles of `rows` rows will meet until the next call, of neighbouring blocks.
-  void start_weights(const uint8_t* block, int64_t blocks, int64_t rows) { weights.set(block, blocks, rows); }
+  void start_weights(const uint8_t* block, int64_t blocks, int64_t rows, bool) { weights.set(block, blocks, rows); }
 
   void start_chunk(int64_t begin, int64_t end) {
     chunk_sample = begin / p.rows_per_sample;

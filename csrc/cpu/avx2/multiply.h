@@ -1,5 +1,5 @@
-// Multiplication of 16-bit inputs and weights in register tiles, AVX2: what the direct and the Winograd kernels of dense
-// layers share. Weights lie as [inputs / 2][16 channels][2 inputs], so that vpmaddwd takes two inputs of 8 channels at once.
+// Register tiles of dense layers, AVX2: their sums, which the direct and the Winograd kernels share, and the latter's products of 16-bit
+// inputs and weights. These weights lie as [inputs / 2][16 channels][2 inputs], so that vpmaddwd takes two inputs of 8 channels at once.
 //
 // A tile of 6 rows x 16 channels has 12 accumulators; 2 vectors of weights, an input and a product complete the registers.
 // Two inputs are 8 loads, 12 vpmaddwd and 12 vpaddd: 8 clocks where 3 ports do these, 2 of them products. The weights have to be in
@@ -13,7 +13,7 @@
 namespace probquant {
 namespace {
 
-/// Scratch of 16-bit words on a cache line; not initialised.
+/// Scratch on a cache line, counted in 16-bit words; not initialised.
 class AlignedWords {
  public:
   explicit AlignedWords(int64_t count) : words(static_cast<int16_t*>(::operator new(static_cast<size_t>(2 * count), kAlignment))) {}
@@ -60,14 +60,6 @@ struct Accumulators {
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) store(at + i * stride + j * 8, sum[i][j]);
-  }
-
-  /// Channels 2 and 3 of 8 for 4 and 5.
-  __attribute__((always_inline)) void exchange_middle() {
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm256_permute4x64_epi64(sum[i][j], 0xd8);
   }
 
   /// Adds the products of 4 * steps inputs; rows of x are x_stride words apart.

@@ -151,13 +151,13 @@ class DenseKernel : public DenseEpilogue {
   using DenseEpilogue::DenseEpilogue;
 
   /// The next blocks come after these; behind the last panel, or where these are all, comes what is read behind the layer.
-  void start_weights(const uint8_t* block, int64_t blocks, int64_t) {
+  void start_weights(const uint8_t* block, int64_t blocks, int64_t, bool last) {
     const int64_t bytes = blocks * p.layout.block_bytes;
     next = block + bytes;
     next_parts = 2 * blocks;
     if (blocks <= kPanelBlocks && next < p.packed_weight + p.layout.trailer_offset()) return;
     next = static_cast<const uint8_t*>(p.upcoming.data);
-    next_parts = 2 * ceil_div(min_i(p.upcoming.bytes, kUpcomingBytes), p.layout.block_bytes);
+    next_parts = !last ? 0 : 2 * ceil_div(min_i(p.upcoming.bytes, kUpcomingBytes), p.layout.block_bytes);
   }
 
   void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {

@@ -439,7 +439,7 @@ class DenseEpilogue {
     for (int64_t i = 0; i < count; ++i) block_constants[static_cast<size_t>(i)].sample = -1;
   }
 
-  void start_weights(const uint8_t*, int64_t, int64_t) {}
+  void start_weights(const uint8_t*, int64_t, int64_t, bool) {}
 
   /// Rows [begin, end) follow, of at most kChunkSamples samples.
   void start_chunk(int64_t begin, int64_t end) {
@@ -576,6 +576,7 @@ class DenseEpilogue {
       if (!current.words || constants[at].clips) counter[kStatsClipped] += count;
     }
     current.values = 0;
+    current.words = false;
   }
 
   // Moments per channel, from the codes just written; only on request.
