@@ -69,7 +69,7 @@ def _levels(graph: fx.Graph) -> dict[fx.Node, tuple[int, bool]]:
     the others of that level, which need recorded nodes of lower levels alone."""
     levels: dict[fx.Node, tuple[int, bool]] = {}
     for node in graph.nodes:
-        is_recorded = _is_recordable(node) or (node.target is operator.getitem and levels[node.args[0]][1])
+        is_recorded = _is_recordable(node) or (_reshapes(node) and levels[node.args[0]][1])
         level = 0
         for source in node.all_input_nodes:
             of_source, source_is_recorded = levels[source]
@@ -86,6 +86,11 @@ def _is_recordable(node: fx.Node) -> bool:
     except _Refused:
         return False
     return True
+
+
+def _reshapes(node: fx.Node) -> bool:
+    """Whether the node only takes a value out of several, or flattens one image by image."""
+    return node.target is operator.getitem or (node.target is torch.ops.aten.flatten.using_ints and node.args[1:] == (1,))
 
 
 def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, int]:

@@ -117,6 +117,7 @@ std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Ten
   static const Recordable ops = [] {
     Recordable all;
     for_each_op(all);
+    all.op<&flatten>("flatten");
     return all;
   }();
   return replay(ops.by_name, inputs, constants, recording);

@@ -1,6 +1,7 @@
 // Replays a recording: the ops of a network in one call. Between them there is no Python, no dispatcher and, but for what leaves the
 // recording, no tensor of torch's, which is what a small layer's call otherwise costs: ten times its checks and its predictions.
-// Every op is the one that torch.ops.probquant would have called, with the same checks.
+// Every op is the one that torch.ops.probquant would have called, with the same checks; but for flatten, which is torch's, and stands between the
+// convolutions and the last layer of a network, where it would cut the recording in two.
 //
 // A recording is an int64 tensor, which probquant/recording.py writes:
 //   number of op names, then each as its length and characters
@@ -332,6 +333,34 @@ class Replay : public Numbers {
 template <auto Kernel>
 void replay_op(Replay& replay) {
   replay.add_result(stable::Call<Kernel>::with(replay));
+}
+
+/// x.flatten(start_dim, end_dim), as a copy: a value of a recording owns what it holds.
+inline Tensor flatten(const Tensor& x, int64_t start_dim, int64_t end_dim) {
+  const int64_t rank = x.dim(), first = start_dim < 0 ? start_dim + rank : start_dim, last = end_dim < 0 ? end_dim + rank : end_dim;
+  require(rank <= static_cast<int64_t>(stable::kMaxRank), "flatten: x has ", rank, " dimensions, want at most ", stable::kMaxRank);
+  require(0 <= first && first <= last && last < rank, "flatten: dimensions ", start_dim, " to ", end_dim, " of x, which has ", rank);
+  Ints sizes(x.sizes().begin(), x.sizes().begin() + first);
+  sizes.push_back(1);
+  for (int64_t i = first; i < rank; ++i) i <= last ? static_cast<void>(sizes.back() *= x.size(i)) : sizes.push_back(x.size(i));
+  Tensor y = stable::empty({sizes.data(), sizes.size()}, x.dtype(), x);
+  const size_t item = codes().item_bytes(x.dtype());
+  auto* to = y.data<char>();
+  if (x.is_contiguous()) {
+    if (x.numel() > 0) std::memcpy(to, x.data(), static_cast<size_t>(x.numel()) * item);
+    return y;
+  }
+  int64_t at[stable::kMaxRank] = {}, from = 0;
+  for (int64_t n = x.numel(); n > 0; --n, to += item) {
+    std::memcpy(to, x.data<const char>() + static_cast<size_t>(from) * item, item);
+    for (int64_t i = rank; i-- > 0;) {  // the next element, in the order of the dimensions
+      from += x.strides()[i];
+      if (++at[i] < x.size(i)) break;
+      from -= at[i] * x.strides()[i];
+      at[i] = 0;
+    }
+  }
+  return y;
 }
 
 inline std::vector<Tensor> replay(const std::unordered_map<std::string, RecordedOp>& ops, const std::vector<Tensor>& inputs,
