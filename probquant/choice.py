@@ -230,7 +230,11 @@ class Target:
 
     @staticmethod
     def of(profiled: torch.Tensor, dynamic: torch.Tensor) -> Target:
-        """From the SQNR with exact ranges, with profiles and without. The former is the top of the ladder: no more is asked for."""
+        """From the SQNR with exact ranges, with profiles and without. The former is the top of the ladder: no more is asked for.
+
+        Where no profile gains, both are the same and nothing is allowed below it: the mean would be let go for time. A standard error of
+        the paired difference would let ResNet-20 stop at 30 of 32 steps, for 29 us over fixed ranges instead of 31, and up to 0.2 dB less.
+        """
 
         def wanted(a: float, b: float, behind: float) -> float:
             return min(a, max(a - behind, b))

@@ -241,7 +241,9 @@ def choose_powers(components: list[Component], look: Look) -> list[float]:
     best = (shares * weights).sum(2).argmin(1)
     gains = shares[:, 0] - shares[torch.arange(len(components)), best]
     gain = (gains * weights).sum(1, keepdim=True)
-    error = ((gains - gain) * weights).square().sum(1).sqrt()
+    sources = look.source[look.weighed]
+    spread = torch.zeros(len(components), int(sources.max()) + 1, dtype=torch.float64).index_add_(1, sources, (gains - gain) * weights)
+    error = spread.square().sum(1).sqrt()  # a sample and its shifted copies are not independent: they count together
     return [_POWERS[p] if certain else 0.0 for p, certain in zip(best.tolist(), (gain[:, 0] > _CERTAIN * error).tolist(), strict=True)]
 
 

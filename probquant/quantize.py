@@ -351,7 +351,7 @@ class _Plan:
             unit.options.setdefault("groups", 1)
             if unit.kind == "conv2d":
                 unit.options["kernel_size"] = list(unit.weight.shape[1:3])
-        self.rounding_fit, self.rounding = None, ""
+        self.rounding_fit, self.rounding = None, ""  # it and bias_fit know the values of the float graph: no profile is in them
         if unit.is_layer and settings["weight_rounding"] == "gptq":
             size = unit.weight[0].numel()
             if size <= rounding.LARGEST:
@@ -422,15 +422,17 @@ class _Plan:
         if self.channel_fit is not None:
             self.channel_fit.update(values[unit.inputs[0]], values[unit.anchor])
 
-    def observe(self, values: dict[fx.Node, torch.Tensor], shifted: bool) -> None:
-        """Learns from the float values of one chunk of samples: what the weights are rounded and biased for, also from shifted copies;
-        the fixed ranges of static quantization from the samples as they are, as is usual."""
+    def observe_layer(self, raw: dict[fx.Node, torch.Tensor]) -> None:
+        """Learns from the float graph's own values of one chunk of samples, or of shifted copies, what the weights are rounded and biased for."""
+        fits = [fit for fit in (self.rounding_fit, self.bias_fit) if fit is not None]
+        if fits:
+            x, weights = raw[self.unit.inputs[0]].float(), surrogates.sample_weights(raw[self.unit.anchor])
+            for fit in fits:
+                fit.update(x, weights)
+
+    def observe(self, values: dict[fx.Node, torch.Tensor]) -> None:
+        """Learns the fixed ranges of static quantization, from the samples as they are, as is usual."""
         x = self.unit.inputs[0]
-        for fit in (self.rounding_fit, self.bias_fit):
-            if fit is not None:
-                fit.update(values[x].float(), surrogates.sample_weights(values[self.unit.anchor]))
-        if shifted:
-            return
         if self.settings["strategy"] == "static" and self.unit.is_layer:
             self.input_fit.update(values[x])
         if self.static_fit is not None:
@@ -493,13 +495,13 @@ class _Plan:
         variance = (var_a + var_b + 2 * rho * (var_a * var_b).sqrt()).clamp(min=0)
         return torch.stack([mean_a + mean_b, variance.sqrt()], 1)[:, None]
 
-    def finish(self) -> None:
-        """Fixes the weights, and the range where there is no choice."""
+    def finish(self, profile: torch.Tensor | None) -> None:
+        """Fixes the weights, and the range where there is no choice. profile: of the layer's input."""
         criterion, percentile = self.settings["criterion"], self.settings["percentile"]
         if self.rounding_fit is not None:
-            self.leaves["weight"] = self.rounding_fit.fit(self.unit.weight, self.leaves["weight_scale"])
+            self.leaves["weight"] = self.rounding_fit.fit(self.unit.weight, self.leaves["weight_scale"], profile)
         if self.bias_fit is not None:
-            correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"])
+            correction = self.bias_fit.fit(self.unit.weight, self.leaves["weight"], self.leaves["weight_scale"], profile)
             self.leaves["bias"] = correction if self.unit.bias is None else self.unit.bias + correction
         self.laws.clear()
         if self.static_fit is not None:
@@ -667,10 +669,12 @@ def _prices(variant: _Variant, plans: list[_Plan], plain: list[Unit], seen: Look
 def _calibrate(
     graph_module: fx.GraphModule, variants: list[_Variant], chunks: Iterable[tuple], progress: bool, shifted: Callable[[tuple, int], list[tuple]]
 ) -> None:
-    """Shows every chunk and shifted copies of it to the plans of all variants; then finishes them."""
+    """Shows every chunk and shifted copies of it to the plans of all variants, of the same layers; then finishes them."""
     plans = [plan for variant in variants for plan in variant.plans]
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
-
+    for variant in variants[1:]:
+        for plan, first in zip(variant.plans, variants[0].plans, strict=True):
+            plan.rounding_fit, plan.bias_fit = first.rounding_fit, first.bias_fit  # profiles aside they learn the same: once
     number = 0
     learns = any(plan.learns for plan in plans)
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:
@@ -686,15 +690,20 @@ def _calibrate(
             for inputs in versions:
                 raw = values = None
                 raw = _Observer(graph_module, needed).observe(inputs)
+                for plan in variants[0].plans:
+                    plan.observe_layer(raw)
                 for variant in variants:
                     values = variant.values(raw)
                     for plan in variant.plans:
-                        plan.observe(values, inputs is not chunk)
+                        if inputs is chunk:
+                            plan.observe(values)
                         plan.try_ranges(values, number)
             number += chunk[0].shape[0]
             bar.update(chunk[0].shape[0])
-    for plan in plans:
-        plan.finish()
+    for variant in variants:
+        for plan in variant.plans:
+            profile = variant.profiles.get(plan.unit.inputs[0])
+            plan.finish(None if profile is None else profile.reshape(-1))
 
 
 class _Shifter:

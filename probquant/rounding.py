@@ -59,8 +59,8 @@ class RoundingFit:
         self.sums += weighed.sum(2)
         self.count += float(weights.sum())
 
-    def fit(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """int8 codes in [-127, 127], for the float weight and its scale [O]."""
+    def fit(self, weight: torch.Tensor, scale: torch.Tensor, profile: torch.Tensor | None = None) -> torch.Tensor:
+        """int8 codes in [-127, 127], for the float weight and its scale [O]; profile [C]: what the weight's inputs are divided by."""
         if weight.dim() == 4:
             weight = weight.permute(0, 3, 1, 2)  # unfold's order
         shape = weight.shape
@@ -69,6 +69,9 @@ class RoundingFit:
         h = self.moments.double() / (self.count or 1.0)
         if self.centred:
             h -= mean[:, :, None] * mean[:, None, :]
+        if profile is not None:
+            over = profile.double().reshape(self.groups, -1).repeat_interleave(self.kernel[0] * self.kernel[1], 1)
+            h /= over[:, :, None] * over[:, None, :]
         diagonal = h.diagonal(dim1=1, dim2=2)
         order = diagonal.argsort(dim=1, descending=True)  # the weights that matter most are rounded first
         ridge = diagonal.mean(1).clamp(min=1e-30)[:, None, None] * torch.eye(h.shape[1], dtype=h.dtype)  # so an input that is always 0 does no harm

@@ -441,12 +441,14 @@ class BiasFit:
         self.total = self.total + torch.stack(taps, 1).reshape(-1, kh, kw)
         self.count += float(weights.sum()) * height * width
 
-    def fit(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """float32 [O], for the float weight and its int8 codes and scale."""
+    def fit(self, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, profile: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [O], for the float weight and its int8 codes and scale; profile [C]: what the weight's inputs are divided by."""
         rounding = weight.double() - codes.double() * scale.double().reshape(-1, *[1] * (weight.dim() - 1))
         if self.count == 0:
             return torch.zeros(len(weight))
         mean = self.total / self.count
+        if profile is not None:
+            mean = mean / profile.double().reshape(-1, *[1] * (mean.dim() - 1))
         if self.kernel is None:
             return (rounding @ mean).float()
         groups = self.options["groups"]

@@ -10,7 +10,7 @@ import probquant as pq
 from probquant import rounding
 from probquant.compare import sqnr
 from probquant.rounding import RoundingFit
-from probquant.surrogates import quantize_weight
+from probquant.surrogates import BiasFit, quantize_weight
 
 CONV = {"stride": [2, 1], "padding": [1, 0, 1, 2], "dilation": [1, 2]}
 
@@ -65,6 +65,23 @@ def test_linear_layer_comes_near_the_best_of_all_roundings(centred):
     best = torch.stack([error(codes) for codes in every]).amin(0)
     found = error(fit.fit(weight, scale).float())
     assert found.mean() < 0.5 * (error(nearest.float()).mean() + best.mean())  # more than half of the way
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_learnt_without_profiles_serves_with_them(groups):
+    x, profile = correlated(6, 8, 9, 9) + 0.5, torch.linspace(0.1, 1.0, 8)
+    weight = torch.randn(8, 3, 3, 8 // groups, generator=torch.Generator().manual_seed(5))
+    codes, scale = quantize_weight(weight)
+    samples, options = torch.rand(6, dtype=torch.float64), {**CONV, "groups": groups}
+    found = []
+    for values, over in ((x, profile), (x / profile.reshape(-1, 1, 1), None)):
+        fits = RoundingFit(weight.shape, options, centred=True), BiasFit(weight.shape, options)
+        for fit in fits:
+            fit.update(values, samples)
+        found.append((fits[0].fit(weight, scale, over), fits[1].fit(weight, codes, scale, over)))
+    (a, bias_a), (b, bias_b) = found
+    assert (a != b).float().mean() < 0.02 and (a != codes).float().mean() > 0.1  # float32 sums may tip a weight that is half way
+    assert torch.allclose(bias_a, bias_b, rtol=1e-4, atol=1e-6)
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest():
