@@ -2,8 +2,9 @@
 
 gamma: the surrogate's sampling stride, against accuracy and time. laws: one law for all weights of a layer against one per output channel.
 calibration: how many pictures, beside fixed ranges fitted to the same. criterion: least squared error against coverage (percentile) and
-the extremes. rounding: weights to nearest, or gptq. Everything else is as in the first row's: gaussian surrogate, gamma 0, 64 pictures,
-least squared error, no channel profiles (which are not the paper's, and would be measured with it).
+the extremes. rounding: weights to nearest, or gptq. profiles: cross-layer equalization (Nagel et al., arXiv 1906.04721) beside channel profiles
+and beside neither: factors of the same channels, chosen by the weights alone. Everything else is as in the first row's: gaussian surrogate,
+gamma 0, 64 pictures, least squared error, no channel profiles (which are not the paper's, and would be measured with it).
 
 Rows: those of accuracy.py, whose `strategy` is the setting, with {ablation}; further metrics are `time`, over that of the same network with
 fixed ranges (pairs alternated in one process, batch 1, one thread), and `predictor_share`, the predictors' bytes over the weights'.
@@ -13,6 +14,8 @@ Pictures beyond --limit serve for calibration where the folder's own do not suff
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 
@@ -22,13 +25,17 @@ from tqdm import tqdm
 import probquant
 from accuracy import evaluate, parse_shift, predictor_share
 from common import describe_run, keep_heap, print_run, text_table, times_over, write_results
+from probquant import profiles
 from probquant.data import ImageSet
 from tasks import Classification, imagenet
+
+quantize_module = importlib.import_module("probquant.quantize")  # `probquant.quantize` is the function
 
 _BASE = {"strategy": "probabilistic", "surrogate": "gaussian", "gamma": 0, "criterion": "mse", "channel_profile": False}
 _STATIC = {"strategy": "static", "criterion": "mse"}
 _PICTURES = 64  # that calibrate, unless it is their number that varies
 _PAIRS = 150  # of alternated calls
+_EQUALIZED = "equalized"  # a channel_profile that build() knows, quantize() does not
 
 #: {ablation: {setting: (pictures to calibrate on, options of quantize)}}
 ABLATIONS = {
@@ -51,6 +58,11 @@ ABLATIONS = {
         for name, options in (("fixed", _STATIC), ("exact", {"strategy": "dynamic"}), ("predicted", _BASE))
         for how in ("nearest", "gptq")
     },
+    "profiles": {
+        f"{name}, {how}": (_PICTURES, {**options, "channel_profile": given})
+        for name, options in (("fixed", _STATIC), ("exact", {"strategy": "dynamic"}))
+        for how, given in (("none", False), ("equalized", _EQUALIZED), ("profiles", True))
+    },
 }
 
 
@@ -63,13 +75,41 @@ def task_with_pictures(model: str, folder: str, weights: str | None, limit: int)
     return Classification(task.name, task.model, task.preprocessing, calibrating, parts[0], parts[0].labels, task.training)
 
 
+def weight_factors(component: profiles.Component, *_) -> dict[int, torch.Tensor]:
+    """Cross-layer equalization's factor of each variable's channels, in place of what their values reach: the largest weight that writes a
+    channel over the largest that reads it, as a square root; behind it both are the same."""
+    writes, reads = ({v: torch.zeros(unit.weight.shape[0]) for unit, v in component.producers} for _ in range(2))
+    for unit, v in component.producers:
+        writes[v] = writes[v].maximum(unit.weight.abs().flatten(1).amax(1))
+    for unit in component.consumers:
+        weight, segments = unit.weight.abs(), component.tensors[unit.inputs[0]]
+        columns = weight.reshape(unit.options.get("groups", 1), -1, weight.shape[-1]).amax(1).flatten()  # of every input channel
+        for part, (v, positions) in zip(columns.split([len(reads[v]) * p for v, p in segments]), segments, strict=True):
+            reads[v] = reads[v].maximum(part.reshape(-1, positions).amax(1))
+    return {v: (writes[v].clamp(min=1e-6) / reads[v].clamp(min=1e-6)).sqrt().double() for v in writes}
+
+
+@contextlib.contextmanager
+def equalization() -> Iterator[None]:
+    """quantize() takes channel profiles from weight_factors(), for every tensor that can have one."""
+    kept = profiles._ceilings, quantize_module.choose_powers
+    profiles._ceilings, quantize_module.choose_powers = weight_factors, lambda components, look: [1.0] * len(components)
+    try:
+        yield
+    finally:
+        profiles._ceilings, quantize_module.choose_powers = kept
+
+
 def build(task: Classification, settings: dict[str, tuple[int, dict]]) -> Iterator[tuple[str, probquant.QuantizedModel]]:
     wanted = max(count for count, _ in settings.values())
     if len(task.calibration) < wanted:
         raise ValueError(f"{len(task.calibration)} pictures to calibrate on, want {wanted}")
     pictures = torch.cat([task.normalize(batch) for batch in task.pictures(task.calibration, 32)])[:wanted]
     for setting, (count, options) in tqdm(settings.items(), desc="calibrating", leave=False):
-        yield setting, probquant.quantize(task.model, list(pictures[:count].split(8)), progress=False, **options)
+        equalized = options.get("channel_profile") is _EQUALIZED
+        with equalization() if equalized else contextlib.nullcontext():
+            qmodel = probquant.quantize(task.model, list(pictures[:count].split(8)), progress=False, **(options | ({"channel_profile": True} if equalized else {})))
+        yield setting, qmodel
 
 
 def times(task: Classification, models: dict[str, probquant.QuantizedModel], fixed: probquant.QuantizedModel) -> dict[str, float]:

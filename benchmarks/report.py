@@ -227,7 +227,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
     """One page of several files of accuracy.py, a section for every model, and of ablations.py."""
     page = [
         "# Accuracy\n",
-        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq, unless told; in ablations of 28 November to nearest); pictures that calibrate "
+        "Every strategy runs on the same pictures as float32, in the same graph, with the same kernels and the same rounding and correction of weights (gptq, unless told); pictures that calibrate "
         "are not evaluated. Rounding, bias correction, channel profiles and the widths of predicted ranges are fitted on these pictures and on copies with less contrast, darker, brighter and noisier: kinds that "
         "the shifts belong to. Fixed ranges (static) are those of the pictures as they are, as is usual. Profile: with channel profiles, which even a tensor's channels out between the layers that write and read it, as cross-layer equalization does, "
         "by what its values reach. Exact ranges (dynamic) are each picture's; in a transformer's blocks each token's. qat: trained to imitate float32's outputs, without labels. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
@@ -252,6 +252,7 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
 _ABLATIONS = {
     "gamma": "Sampling stride gamma", "laws": "One law per layer, or one per output channel", "calibration": "Pictures to calibrate on",
     "criterion": "Squared error or coverage", "rounding": "Rounding of the weights",
+    "profiles": "Cross-layer equalization, or channel profiles",
 }  # fmt: skip
 
 

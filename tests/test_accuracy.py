@@ -368,13 +368,19 @@ def test_ablations(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ABLATIONS", reduced)
     ablations.main(["--imagenet", "x", "--shifts", "clean", "dark", "--json", str(tmp_path / "ablations.json")])
     rows = json.loads((tmp_path / "ablations.json").read_text())
-    assert len(rows) == 5 * 2 * (2 * 7 + 2)
+    assert len(rows) == 6 * 2 * (2 * 7 + 2)
     share = {row["strategy"]: row["value"] for row in rows if row["ablation"] == "gamma" and row["metric"] == "predictor_share"}
     assert set(share) == {"gamma 0", "gamma 1"} and all(0 < value < 1 for value in share.values())
     assert all(0.2 < row["value"] < 20 for row in rows if row["metric"] == "time")
     report.main([str(tmp_path / "ablations.json"), "--out", str(tmp_path)])
     page = (tmp_path / "accuracy.md").read_text()
-    assert page.count("### ") == 5 and page.count("| gamma 1 |") == 1 and "predictors, %" in page
+    assert page.count("### ") == 6 and page.count("| gamma 1 |") == 1 and "predictors, %" in page
+    model[0].weight.data *= torch.logspace(-1, 1, 8).reshape(-1, 1, 1, 1)
+    with ablations.equalization():
+        qmodel = pq.quantize(model, [torch.randn(8, 3, 12, 12, generator=generator)], strategy="static", channel_profile=True, progress=False)
+    profile = next(module.profile for module in qmodel.modules() if getattr(module, "profile", None) is not None)
+    writes, reads = model[0].weight.abs().amax((1, 2, 3)), model[2].weight.abs().amax((0, 2, 3))
+    assert profile.amax() > 5 * profile.amin() and torch.allclose(writes / profile, reads * profile, rtol=1e-4)
     with pytest.raises(SystemExit, match="20 pictures to calibrate on, want 256"):
         monkeypatch.setattr(ablations, "ABLATIONS", {"calibration": {"fixed": (256, {})}})
         ablations.main(["--imagenet", "x", "--ablations", "calibration"])
