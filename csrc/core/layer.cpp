@@ -248,7 +248,7 @@ void conv2d(const Conv2dShape& shape, const LayerArguments& a, const Executor& e
   p.samples = samples.data();
 
   const int64_t rows = shape.batch * p.rows_per_sample;
-  const LayerKernels& run = p.layout.depthwise ? kernels().depthwise : kernels().dense;
+  const LayerKernels& run = kernels().layer(p.layout);
   if (a.strategy == Strategy::none) {
     run_rows(p, run.to_float, 0, rows, executor);
     const int64_t values = p.rows_per_sample * shape.out_channels;

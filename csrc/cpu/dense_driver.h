@@ -1,7 +1,7 @@
 // Walks a dense layer: which rows form a register tile, which taps it needs, where they lie. Shared by the ISA files, which
 // own the register tiles; everything here has internal linkage, because it is compiled with their flags.
 //
-// Order of the loops: group, chunk of rows, then panels of blocks outside tiles of rows, or the other way round. Tiles are
+// Order of the loops: group (or all of them, as one, where the kernel spans groups), chunk of rows, then panels of blocks outside tiles of rows, or the other way round. Tiles are
 // outside while all weights stay in the kernel's share of L2 (they are built once, rows of y are written at once); otherwise panels are
 // outside, a panel's weights come from L1 or L2, the input of a chunk from L2, and weights are read once per chunk. A kernel may take
 // several panels together, between which it comes back to the same tile.
@@ -14,6 +14,7 @@
 #include "kernels.h"
 
 #include <cstddef>
+#include <memory>
 
 #ifndef PROBQUANT_TILE_ROWS  // most rows of a register tile; the file that includes this may say otherwise
 #define PROBQUANT_TILE_ROWS 12
@@ -76,7 +77,7 @@ struct Tile {
   int64_t iy[kTileRows], ix[kTileRows];  ///< position of tap (0, 0); set when the layer has padding or a table may be needed
 };
 
-/// Neighbouring blocks of one group.
+/// Neighbouring blocks, of one group unless the kernel spans groups.
 struct Panel {
   const uint8_t* block;
   int blocks;
@@ -145,18 +146,22 @@ class DenseDriver {
     return part_rows;
   }
 
+  /// Where Kernel::kSpansGroups, all groups, whose blocks are full, are walked as one: tiles lie at the first's inputs, and the kernel adds its blocks'.
   /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows, whether for the last time) before
   /// the tiles that meet those weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
     const int64_t first_block = block_of(layout, range.channel_begin), last_block = block_of(layout, range.channel_end - 1);
-    for (group = first_block / layout.group_blocks; group <= last_block / layout.group_blocks; ++group) {
-      const int64_t base = group * layout.group_blocks;
-      const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, layout.group_blocks);
+    const int64_t together = Kernel::kSpansGroups ? layout.groups : 1;
+    group_blocks = together * layout.group_blocks;
+    group_channels = together * layout.group_channels;
+    for (group = first_block / group_blocks; group <= last_block / group_blocks; ++group) {
+      const int64_t base = group * group_blocks;
+      const int64_t b0 = max_i(first_block - base, 0), b1 = min_i(last_block - base + 1, group_blocks);
       const int64_t max_rows = part_rows ? 2 * part_rows : Kernel::max_rows(b1 - b0);
       const bool tiles_outside = (b1 - b0) * layout.block_bytes <= kernel.weights_in_cache && !p.channel_stats;
-      const bool brings = !Kernel::kPrefetches && reads_x, last_group = group == last_block / layout.group_blocks;
+      const bool brings = !Kernel::kPrefetches && reads_x, last_group = group == last_block / group_blocks;
       const int64_t rows = range.row_end - range.row_begin, most = chunk_rows<Kernel>(tiles_outside), chunk = ceil_div(rows, ceil_div(rows, most));
       Ahead behind_all = tiles_outside && brings && last_group ? behind_layer(rows, max_rows) : Ahead();
       for (int64_t begin = range.row_begin; begin < range.row_end; begin += chunk) {
@@ -262,9 +267,9 @@ class DenseDriver {
     for (int64_t b = b0; b < b1;) {
       Panel panel;
       panel.blocks = Kernel::panel_blocks(b1 - b);
-      panel.block = p.packed_weight + (group * layout.group_blocks + b) * layout.block_bytes;
-      panel.channel = group * layout.group_channels + b * kBlockChannels;
-      panel.channels = min_i(panel.blocks * kBlockChannels, layout.group_channels - b * kBlockChannels);
+      panel.block = p.packed_weight + (group * group_blocks + b) * layout.block_bytes;
+      panel.channel = group * group_channels + b * kBlockChannels;
+      panel.channels = min_i(panel.blocks * kBlockChannels, group_channels - b * kBlockChannels);
       b += panel.blocks;
       visit(panel);
     }
@@ -485,11 +490,14 @@ class DenseDriver {
     const int slot = tile.one_sample ? 0 : i;
     const int32_t zero_point = p.samples[tile.sample[i]].x_zero_point;
     if (iy < 0 || iy >= s.in_height || lo == hi) {  // padding
+      const int64_t run_bytes = max_i(kPieceBytes, s.in_channels);
+      if (!zero_runs) zero_runs.reset(new uint8_t[static_cast<size_t>(kTileRows * run_bytes)]);
+      uint8_t* const run = zero_runs.get() + slot * run_bytes;
       if (zero_run_value[slot] != zero_point) {
-        __builtin_memset(zero_run[slot], zero_point, kPieceBytes);
+        __builtin_memset(run, zero_point, static_cast<size_t>(run_bytes));
         zero_run_value[slot] = zero_point;
       }
-      return zero_run[slot];
+      return run;
     }
     const uint8_t* x = tile.x[i] + at.ky * tap_y + at.kx * tap_x + at.byte;
     const int64_t padded = (piece + 3) / 4 * 4;
@@ -555,7 +563,7 @@ class DenseDriver {
   const Box full;
   int64_t part_rows = 0;         // of a part, at most; 0: tiles have no parts
   int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
-  int64_t group = 0;
+  int64_t group = 0, group_blocks = 0, group_channels = 0;  ///< of the loop
 
   TileInput input;
   bool direct = true;    ///< the tile reads x itself
@@ -566,7 +574,7 @@ class DenseDriver {
   Segment segments[kCallSegments];
   const uint8_t* table[kCallSegments * kTileRows];
   int32_t zero_run_value[kTileRows];
-  uint8_t zero_run[kTileRows][kPieceBytes];
+  std::unique_ptr<uint8_t[]> zero_runs;  ///< of as many bytes as all groups have, of each row; from the first padding on
   uint8_t copies[kCopyBytes];
 };
 

@@ -137,8 +137,10 @@ struct LayerKernels {
 
 struct Kernels {
   const char* name;
-  LayerKernels dense;      ///< linear layers and convolutions, grouped ones included
+  LayerKernels dense;      ///< linear layers and convolutions, any groups
   LayerKernels depthwise;  ///< PackedLayout::depthwise
+  LayerKernels grouped;    ///< narrow groups, where it is faster than dense
+  int64_t grouped_inputs;  ///< of a group of PackedLayout::narrow_groups(), up to which it is
   int64_t macs_per_clock;  ///< of dense layers, about: whether sums are held or computed twice
   /// Adds the patch sums of one sample's fields, sampled at every gamma-th position in each direction, to
   /// sums[group] (per_group) or sums[0].
@@ -180,6 +182,10 @@ struct Kernels {
   void (*attention_pack)(const AttentionProblem&, int64_t image, int64_t head);
   /// Queries [begin, end) of an image, every head: y [end - begin, heads * head_dim].
   void (*attention)(const AttentionProblem&, int64_t image, int64_t begin, int64_t end, const AttentionScratch&, float* y);
+
+  const LayerKernels& layer(const PackedLayout& layout) const {
+    return layout.depthwise ? depthwise : layout.narrow_groups() && layout.inputs <= grouped_inputs ? grouped : dense;
+  }
 };
 
 /// The scalar table, complete: the normative answer.

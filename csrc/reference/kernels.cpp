@@ -314,7 +314,7 @@ void attention(const AttentionProblem& p, int64_t image, int64_t begin, int64_t 
 }  // namespace
 
 const Kernels kReferenceKernels = {
-    "reference",      {layer_quantized, layer_float, layer_range}, {layer_quantized, layer_float, layer_range},
+    "reference",      {layer_quantized, layer_float, layer_range}, {layer_quantized, layer_float, layer_range}, {}, 0,
     1,                patch_sums, float_range, quantize, dequantize, moments, mark_codes, lookup, add_range, add, mul_range, mul,
     window_max,       window_sums, average_range, average, layer_norm, attention_pack, attention};
 

@@ -120,8 +120,11 @@ Conv2dShape random_shape(Random& r) {
       s.out_channels = edge_size(r, 130);
     } else if (kind < 9) {  // grouped
       s.groups = r.one_in(2) ? r.between(2, 5) : r.between(6, 40);
-      s.in_channels = s.groups * r.between(2, 20);
-      s.out_channels = s.groups * r.between(1, 40);
+      const bool narrow = r.one_in(2);  // what ResNeXt and RegNet have, and their relatives
+      const int64_t inputs = narrow ? r.pick<int64_t>({4, 8, 16, 24, 32}) : r.between(2, 20);
+      s.in_channels = s.groups * inputs;
+      s.out_channels = s.groups * (!narrow ? r.between(1, 40) : r.one_in(4) ? r.pick<int64_t>({4, 8, 16, 32}) : inputs);
+      if (narrow && r.one_in(2)) s.groups *= 4, s.in_channels *= 4, s.out_channels *= 4;
     } else {  // depthwise
       s.groups = edge_size(r, 130);
       s.in_channels = s.groups;
@@ -259,7 +262,7 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
       for (const LayerRange& part : random_parts(r, p, split)) kernel(p, part);
     };
     p.held = nullptr;
-    const LayerKernels& layer = p.layout.depthwise ? k.depthwise : k.dense;
+    const LayerKernels& layer = k.layer(p.layout);
     p.samples = samples.data();
     fused.attach(p);
     run_split(layer.quantized);

@@ -7,7 +7,7 @@
 // x is loaded from where it lies when the rows of a part are equally far apart; other rows (ends of short lines, segments that are not a
 // multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. So are 3-channel inputs, unless
 // their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
-// padding works on copies of its input that have it, kPaddedBytes at a time, which costs less than to gather its borders' rows.
+// padding works on copies of its input that have it (padded_copies.h), which costs less than to gather its borders' rows.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
 // L3 gives a core 29 GB/s, so that weights which come when they are read take as long as the products of 100 rows: those of the next panels, and
 // the next layer's where the caller knows it, come to L2 meanwhile (Stream).
@@ -19,10 +19,9 @@
 // additions, integer ones and logic still twice. So 4 rows per step are free, and 32 rows beside one step take 400 clocks with it.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
+#include "../padded_copies.h"
 #include "tiles.h"
 
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 namespace probquant {
@@ -199,7 +198,7 @@ constexpr CopyPieces kCopies[kMostPieces + 1] = {nullptr,        copy_pieces<1>,
 
 class AmxKernel : public DenseEpilogue {
  public:
-  static constexpr bool kPrefetches = true;
+  static constexpr bool kPrefetches = true, kSpansGroups = false;
   static constexpr int64_t kInputInCache = 640 << 10;
   static constexpr int64_t weights_in_cache = 1 << 20;    ///< up to which tiles are outside of panels: half of L2
   static constexpr int64_t weights_together = 384 << 10;  ///< bytes of panels that a tile meets one after the other, beyond that
@@ -636,108 +635,9 @@ void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output)
   driver.run(range, kernel);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Padding
-
-/// Memory that a thread keeps.
-struct Scratch {
-  uint8_t* data = nullptr;
-  int64_t bytes = 0;
-
-  ~Scratch() { std::free(data); }
-  uint8_t* at_least(int64_t wanted) {
-    if (wanted <= bytes) return data;
-    std::free(data);
-    bytes = 0;
-    data = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(wanted, 64) * 64)));
-    if (!data) throw std::bad_alloc();
-    bytes = wanted;
-    return data;
-  }
-};
-thread_local Scratch padded_scratch;
-
-constexpr int64_t kPaddedBytes = 256 << 10;  ///< of a copy: it stays in L2 beside the weights
-
-/// Copies lines [begin, end) of a sample, which may lie outside of it, with its padding.
-uint8_t* copy_padded(const LayerProblem& p, int64_t sample, int64_t begin, int64_t end, uint8_t* to) {
-  const Conv2dShape& s = p.shape;
-  const int64_t left = s.padding_left * s.in_channels, inside = s.in_width * s.in_channels, right = s.padding_right * s.in_channels;
-  const int zero_point = p.samples[sample].x_zero_point;
-  const auto fill = [&](int64_t bytes) {
-    __builtin_memset(to, zero_point, static_cast<size_t>(bytes));
-    to += bytes;
-  };
-  for (int64_t y = begin; y < end; ++y) {
-    if (y < 0 || y >= s.in_height) {
-      fill(left + inside + right);
-      continue;
-    }
-    fill(left);
-    __builtin_memcpy(to, p.x + (sample * s.in_height + y) * inside, static_cast<size_t>(inside));
-    to += inside;
-    fill(right);
-  }
-  return to;
-}
-
-/// Rows [begin, end) of the layer, which are whole samples or lie in one, on a copy of their input that has its padding.
-void run_padded(const LayerProblem& p, const LayerRange& range, Output output) {
-  const Conv2dShape& s = p.shape;
-  const int64_t rows = p.rows_per_sample, sample = range.row_begin / rows, samples = ceil_div(range.row_end, rows) - sample;
-  const int64_t first = samples > 1 ? 0 : range.row_begin % rows / p.out_width;
-  const int64_t last = samples > 1 ? p.out_height : ceil_div(range.row_end - sample * rows, p.out_width);  // lines [first, last) of the output
-  const int64_t y0 = first * s.stride_height - s.padding_top, y1 = (last - 1) * s.stride_height - s.padding_top + (s.kernel_height - 1) * s.dilation_height + 1;
-  LayerProblem q = p;
-  q.shape.batch = samples;
-  q.shape.in_height = y1 - y0;
-  q.shape.in_width = s.in_width + s.padding_left + s.padding_right;
-  q.shape.padding_top = q.shape.padding_bottom = q.shape.padding_left = q.shape.padding_right = 0;
-  if (!p.held || output != Output::codes) {
-    uint8_t* to = padded_scratch.at_least(samples * q.shape.in_height * q.shape.in_width * s.in_channels);
-    q.x = to;
-    for (int64_t n = sample; n < sample + samples; ++n) to = copy_padded(p, n, y0, y1, to);
-  }
-  q.out_height = last - first;
-  q.rows_per_sample = q.out_height * p.out_width;
-  const int64_t before = sample * rows + first * p.out_width, values = before * s.out_channels;  // rows before the first of q's
-  q.samples += sample;
-  if (output == Output::codes) q.y += values, q.stats = p.stats_row(sample);
-  if (output == Output::floats) q.y_float += values;
-  if (output == Output::range) q.range += 2 * sample;
-  if (q.held) q.held += before * p.layout.columns();
-  if (q.residual) q.residual += values;
-  run_unpadded(q, {range.row_begin - before, range.row_end - before, range.channel_begin, range.channel_end}, output);
-}
-
-/// What rows [begin, end) of so many bring to the cache.
-Upcoming part_of(const Upcoming& upcoming, int64_t begin, int64_t end, int64_t rows) {
-  const int64_t bytes = min_i(upcoming.bytes, kUpcomingBytes), from = bytes * begin / rows, to = bytes * end / rows;
-  return {static_cast<const uint8_t*>(upcoming.data) + from, to - from};
-}
-
-/// Tiles load x from where it lies, so a layer with padding works on copies of a few samples, or of some lines of one.
+/// Tiles load x from where it lies.
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
-  const Conv2dShape& s = p.shape;
-  const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
-  if (!padded || range.row_begin >= range.row_end) return run_unpadded(p, range, output);
-  const int64_t line = (s.in_width + s.padding_left + s.padding_right) * s.in_channels, rows = p.rows_per_sample;
-  const int64_t lines = (p.out_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
-  for (int64_t row = range.row_begin; row < range.row_end;) {
-    const int64_t left_samples = (range.row_end - row) / rows, fitting_samples = min_i(kPaddedBytes / (line * lines), left_samples);
-    int64_t end;
-    if (row % rows == 0 && fitting_samples > 0) {
-      end = row + rows * fitting_samples;
-    } else {  // lines of one sample
-      const int64_t most = max_i(1, (kPaddedBytes / line - (s.kernel_height - 1) * s.dilation_height - 1) / s.stride_height + 1);
-      end = min_i(row / rows * rows + min_i(rows, (row % rows / p.out_width + most) * p.out_width), range.row_end);
-    }
-    const LayerRange part{row, end, range.channel_begin, range.channel_end};
-    LayerProblem q = p;
-    q.upcoming = part_of(p.upcoming, row - range.row_begin, end - range.row_begin, range.row_end - range.row_begin);
-    run_padded(q, part, output);
-    row = end;
-  }
+  run_on_padded_copies(p, range, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded(q, part, output); });
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
@@ -748,6 +648,7 @@ void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, 
 
 void install_dense_amx(Kernels& table) {
   table.dense = {quantized, to_float, find_range};
+  table.grouped_inputs = min_i(table.grouped_inputs, 16);  // beyond, products of tiles take less than those of vectors
   table.macs_per_clock = 1024;
 }
 

@@ -13,7 +13,9 @@
 // constants, its calls, about 100 clocks, comes once for 24 rows, and the epilogues are a few functions instead of one per register tile.
 // The epilogue takes 24 (behind a ReLU) to 28 vector instructions per 64 outputs, moments and clip counts included: see dense_epilogue.h.
 #define PROBQUANT_TILE_ROWS 24
+#include "../padded_copies.h"
 #include "dense_epilogue.h"
+#include "grouped.h"
 
 namespace probquant {
 namespace {
@@ -138,31 +140,22 @@ constexpr RowsEpilogue kRowsEpilogues[kPanelBlocks] = {
     requantize_rows<kOneSample, kResidual, kClamp, 1>, requantize_rows<kOneSample, kResidual, kClamp, 2>,
     requantize_rows<kOneSample, kResidual, kClamp, 3>, requantize_rows<kOneSample, kResidual, kClamp, 4>};
 
-/// Runs the layer: chooses the register tiles.
-class DenseKernel : public DenseEpilogue {
+/// What happens to a tile's sums.
+class VectorKernel : public DenseEpilogue {
  public:
-  static constexpr bool kPrefetches = true;
-  static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
   static constexpr int64_t weights_in_cache = 256 << 10;
+  static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
   static constexpr int64_t kInputInCache = 640 << 10;
   static int64_t max_rows(int64_t) { return kTileRows; }
-  static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
 
   using DenseEpilogue::DenseEpilogue;
 
-  /// The next blocks come after these; behind the last panel, or where these are all, comes what is read behind the layer.
-  void start_weights(const uint8_t* block, int64_t blocks, int64_t, bool last) {
-    const int64_t bytes = blocks * p.layout.block_bytes;
-    next = block + bytes;
-    next_parts = 2 * blocks;
-    if (blocks <= kPanelBlocks && next < p.packed_weight + p.layout.trailer_offset()) return;
-    next = static_cast<const uint8_t*>(p.upcoming.data);
-    next_parts = !last ? 0 : 2 * ceil_div(min_i(p.upcoming.bytes, kUpcomingBytes), p.layout.block_bytes);
-  }
-
-  void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
+ protected:
+  /// multiply(in, sums) leaves them in memory.
+  template <class Multiply>
+  void run(DenseDriver& driver, const Tile& tile, const Panel& panel, Multiply multiply) {
     int32_t* const sums = held ? held : driver.partial;
-    if (!(output == Output::codes && held)) driver.accumulate(tile, panel, [&](TileInput& in, bool last) { multiply(in, tile.rows, panel, last ? sums : driver.partial); });
+    if (!(output == Output::codes && held)) driver.accumulate(tile, panel, [&](TileInput& in, bool last) { multiply(in, last ? sums : driver.partial); });
     if (held) held += tile.rows * panel.blocks * kBlockChannels;
     if (output == Output::range) return widen_ranges({tile.rows, tile.one_sample, tile.row, tile.sample}, panel, sums);
     if (at_once) {
@@ -181,7 +174,32 @@ class DenseKernel : public DenseEpilogue {
     if (p.residual) return samples[0]->relu ? kRowsEpilogues<true, true, Clamp::relu> : kRowsEpilogues<true, true, Clamp::any>;
     return samples[0]->relu ? kRowsEpilogues<true, false, Clamp::relu> : samples[0]->open ? kRowsEpilogues<true, false, Clamp::open> : kRowsEpilogues<true, false, Clamp::any>;
   }
+};
 
+/// Chooses the register tiles.
+class DenseKernel : public VectorKernel {
+ public:
+  static constexpr bool kPrefetches = true, kSpansGroups = false;
+  static bool on_copies(const Conv2dShape&) { return false; }
+  static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
+
+  using VectorKernel::VectorKernel;
+
+  /// The next blocks come after these; behind the last panel, or where these are all, comes what is read behind the layer.
+  void start_weights(const uint8_t* block, int64_t blocks, int64_t, bool last) {
+    const int64_t bytes = blocks * p.layout.block_bytes;
+    next = block + bytes;
+    next_parts = 2 * blocks;
+    if (blocks <= kPanelBlocks && next < p.packed_weight + p.layout.trailer_offset()) return;
+    next = static_cast<const uint8_t*>(p.upcoming.data);
+    next_parts = !last ? 0 : 2 * ceil_div(min_i(p.upcoming.bytes, kUpcomingBytes), p.layout.block_bytes);
+  }
+
+  void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
+    VectorKernel::run(driver, tile, panel, [&](TileInput& in, int32_t* sums) { multiply(in, tile.rows, panel, sums); });
+  }
+
+ private:
   /// Register tiles one after the other. They read `in` itself, changed on the way, and not a copy, whose loads wait for the stores before.
   void multiply(TileInput& in, int rows, const Panel& panel, int32_t* out) {
     const TileInput whole = in;
@@ -241,21 +259,101 @@ class DenseKernel : public DenseEpilogue {
   alignas(64) uint8_t joined[kTileRows * (kJoinedBytes + 64)];
 };
 
-void run(const LayerProblem& p, const LayerRange& range, Output output) {
+/// Layers of narrow groups: grouped.h has the register tiles.
+class GroupedKernel : public VectorKernel {
+ public:
+  static constexpr bool kPrefetches = false, kSpansGroups = true;
+  /// Of small inputs much is border. A stride leaves more to copy for as many rows.
+  static bool on_copies(const Conv2dShape& s) { return s.stride_height * s.stride_width == 1 && s.in_height * s.in_width * s.in_channels <= kPaddedBytes; }
+  static int panel_blocks(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+  GroupedKernel(const LayerProblem& problem, Output kind, int32_t* of_range)
+      : VectorKernel(problem, kind, of_range),
+        lanes(lanes_of(problem.layout)),
+        own_steps(problem.layout.taps * problem.layout.own_inputs / 4) {}
+
+  void start_weights(const uint8_t* block, int64_t blocks, int64_t, bool) {
+    if (lanes == GroupLanes::same) return;
+    const PackedLayout& layout = p.layout;
+    weights_of = block;
+    if (!weights) weights.reset(new SpreadStep[static_cast<size_t>(layout.trailer_offset() / layout.block_bytes * own_steps)]);
+    for (int64_t i = 0; i < blocks; ++i) spread_weights(lanes, block + i * layout.block_bytes + sizeof(BlockHeader), layout.taps, weights.get() + i * own_steps);
+  }
+
+  void run(DenseDriver& driver, const Tile& tile, const Panel& panel) {
+    VectorKernel::run(driver, tile, panel, [&](TileInput& in, int32_t* sums) { multiply(in, tile.rows, panel, sums); });
+  }
+
+ private:
+  /// Pairs of blocks, or the two sums of a block, one after the other.
+  void multiply(const TileInput& in, int rows, const Panel& panel, int32_t* sums) const {
+    const PackedLayout& layout = p.layout;
+    const int64_t block_bytes = layout.block_bytes, first = (panel.block - p.packed_weight) / block_bytes, row_sums = panel.blocks * kBlockChannels;
+    const int parts = (rows + kGroupRows - 1) / kGroupRows, together = panel.blocks > 1 && lanes != GroupLanes::of_8 ? 2 : 1;
+    for (int j = 0; j < panel.blocks; j += together) {
+      const int last = j + together - 1;
+      GroupInput of;
+      of.segments = in.segments;
+      of.segment_count = in.segment_count;
+      of.row_step = in.row_step;
+      of.x_offset = (first + j) / layout.group_blocks * layout.inputs;
+      of.x_second = (first + last) / layout.group_blocks * layout.inputs - of.x_offset;
+      if (lanes == GroupLanes::same) {
+        of.weights = in.weights + j * block_bytes;
+        of.weights_second = (last - j) * block_bytes;
+      } else {
+        of.weights = weights[((panel.block - weights_of) / block_bytes + j) * own_steps].weights;
+        of.weights_second = layout.taps * kStreamBytes;  // to the block's other sum, or the next block
+      }
+      of.weight_sums[0] = in.weight_sums + j * in.sums_step;
+      of.weight_sums[1] = in.weight_sums + last * in.sums_step;
+      of.one_zero_point = in.one_zero_point;
+      of.row_sums = row_sums;
+      for (int i = 0, row = 0; i < parts; ++i) {
+        const int end = rows * (i + 1) / parts;
+        of.rows = in.rows + row;
+        of.zero_points = in.zero_points + (in.one_zero_point ? 0 : row);
+        of.partial = in.partial ? in.partial + row * row_sums + j * kBlockChannels : nullptr;
+        of.out = sums + row * row_sums + j * kBlockChannels;
+        kGroupTiles[static_cast<int>(lanes)][together - 1][end - row - 1](of);
+        row = end;
+      }
+    }
+  }
+
+  const GroupLanes lanes;
+  const int64_t own_steps;  ///< of a block, when spread
+  const uint8_t* weights_of = nullptr;  ///< the block that they begin with
+  std::unique_ptr<SpreadStep[]> weights;  ///< of those blocks, spread
+};
+
+template <class Kernel>
+void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output) {
   int32_t* const held = output == Output::floats ? nullptr : held_of(p, range);
   DenseDriver driver(p, !(held && output == Output::codes));
-  DenseKernel kernel(p, output, held);
+  Kernel kernel(p, output, held);
   driver.run(range, kernel);
 }
 
-void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }
-void to_float(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::floats); }
-void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::range); }
+template <class Kernel>
+void run(const LayerProblem& p, const LayerRange& range, Output output) {
+  if (!Kernel::on_copies(p.shape)) return run_unpadded<Kernel>(p, range, output);
+  run_on_padded_copies(p, range, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded<Kernel>(q, part, output); });
+}
+
+template <class Kernel>
+void quantized(const LayerProblem& p, const LayerRange& range) { run<Kernel>(p, range, Output::codes); }
+template <class Kernel>
+void to_float(const LayerProblem& p, const LayerRange& range) { run<Kernel>(p, range, Output::floats); }
+template <class Kernel>
+void find_range(const LayerProblem& p, const LayerRange& range) { run<Kernel>(p, range, Output::range); }
 
 }  // namespace
 
 void install_dense_avx512vnni(Kernels& table) {
-  table.dense = {quantized, to_float, find_range};
+  table.dense = {quantized<DenseKernel>, to_float<DenseKernel>, find_range<DenseKernel>};
+  table.grouped = {quantized<GroupedKernel>, to_float<GroupedKernel>, find_range<GroupedKernel>};
+  table.grouped_inputs = 2 * kBlockChannels;
   table.macs_per_clock = 128;
 }
 
