@@ -140,8 +140,8 @@ def recorded_call(op, x: tuple, arguments: tuple, options: dict, length: int = 1
     graph.output(tuple(values))
     recorded = record(fx.GraphModule(root, graph), least=1)
     (run,) = (node for node in recorded.graph.nodes if node.target is ops.run.default)
-    constants, recording = (getattr(recorded, given.target) for given in run.args[1:])
-    inputs = list(x)
+    _, held, recording = run.args
+    inputs, constants = list(x), getattr(recorded, held.target)
     return lambda: ops.run.default(inputs, constants, recording)
 
 

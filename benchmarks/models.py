@@ -77,7 +77,7 @@ def probquant_model(network: Network, x: Tensor, threads: int, strategy: str) ->
 
 
 def probquant_compiled(network: Network, x: Tensor, threads: int) -> Runner:
-    return _torch_runner(torch.compile(network.ours("probabilistic"), fullgraph=True), x)
+    return _torch_runner(torch.compile(network.ours("probabilistic").recorded(x), fullgraph=True), x)
 
 
 def torch_eager(network: Network, x: Tensor, threads: int) -> Runner:

@@ -193,6 +193,15 @@ class QuantizedModel(fx.GraphModule):
         with torch.no_grad():
             return Recorder(self).run(*inputs), captures
 
+    def recorded(self, *inputs) -> fx.GraphModule:
+        """This model with its int8 ops put into a few calls of torch.ops.probquant.run, for those who trace it on the CPU: what torch.compile and
+        torch.export make of it runs as fast as a plain call does. It has the tensors that the model has now.
+
+        inputs: what it will be called with, or the like of it; their sizes tell how to split batches whose activations outgrow the cache. Without
+            them no batch is split. Any batch size can be called.
+        """
+        return record(self, inputs or None) or fx.GraphModule(self, self.graph)
+
     def telemetry(self, prepare: Callable[[fx.GraphModule], Callable] | None = None) -> Telemetry:
         """This model with its clipped values counted, to be called in its place: see Telemetry."""
         return Telemetry(self, prepare)

@@ -2,7 +2,7 @@
 
 A call from Python costs more than a small layer's arithmetic: a MobileNetV2 on one image of 224 x 224 spends a third of its time
 between its ops. A QuantizedModel that is called plainly on the CPU therefore runs as recorded here; whoever traces it
-(torch.compile, torch.export, make_fx, its own capture) sees its graph. The format stands in csrc/torch/recording.h.
+(torch.compile, torch.export, make_fx, its own capture) sees its graph, or what its recorded() gives. The format stands in csrc/torch/recording.h.
 
 A recording also tells what each op moves for an image, and whether it works image by image, from which a replay plans which ops take
 the whole batch at once and which a few images at a time (csrc/torch/stretches.h).
@@ -11,6 +11,7 @@ the whole batch at once and which a few images at a time (csrc/torch/stretches.h
 from __future__ import annotations
 
 import operator
+import string
 import struct
 from itertools import chain
 
@@ -23,6 +24,8 @@ from ._ops import ops
 
 _NOT_RECORDED = ("run", "pack_weight")
 _WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
+_TRAFFIC = 5  # numbers for each op, before the ops
+_ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 _OF_ALL_IMAGES = {"packed_weight", "predictor", "weight", "bias", "scale", "zero_point"}  # arguments that are not activations
 
 
@@ -151,10 +154,9 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
         head += [len(op), *op.encode()]
     head += [len(results), *results]
     head += [sum(sizes.get(source, 0) for source in inputs), len(operations)]
-    root[name] = torch.tensor(head + traffic + body, dtype=torch.int64, device="cpu")
     root[f"{name}_constants"] = [operator.attrgetter(node.target)(graph_module).detach() for node in constants]
-    code, held = graph.get_attr(name), graph.get_attr(f"{name}_constants")
-    call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, code))
+    held = graph.get_attr(f"{name}_constants")
+    call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, _write(head + traffic + body)))
     for i, number in enumerate(results):
         value = graph.call_function(operator.getitem, (call, i))
         copies.update({node: value for node in nodes if numbers.get(node) == number})
@@ -231,3 +233,66 @@ def _number(value, numbers: dict[fx.Node, int]) -> int:
     if not isinstance(value, fx.Node):
         raise _Refused(f"{value!r} for a tensor")
     return numbers[value]
+
+
+def _write(numbers: list[int]) -> str:
+    """The text that stands for numbers of 64 bits."""
+    text = []
+    for number in numbers:
+        rest = number << 1 if number >= 0 else ~(number << 1)
+        while rest >= 32:
+            text.append(_ALPHABET[32 + rest % 32])
+            rest >>= 5
+        text.append(_ALPHABET[rest])
+    return "".join(text)
+
+
+def _read(text: str) -> list[int]:
+    """What _write wrote."""
+    numbers, number, shift = [], 0, 0
+    for character in text:
+        value = _ALPHABET.index(character)
+        number |= value % 32 << shift
+        shift += 5
+        if value < 32:
+            numbers.append(number >> 1 if number % 2 == 0 else ~(number >> 1))
+            number = shift = 0
+    return numbers
+
+
+@torch.library.register_fake("probquant::run")
+def _(inputs, constants, recording):
+    """Runs the fakes of what was recorded."""
+    numbers = iter(_read(recording))
+
+    def length() -> int:
+        return next(numbers)
+
+    def take(kind: str):
+        if kind == "Optional[Tensor]":
+            number = next(numbers)
+            return None if number < 0 else values[number]
+        if kind.startswith("Optional["):
+            return take(kind[len("Optional[") : -1]) if next(numbers) else None
+        if kind.startswith("List["):
+            return [take(kind[len("List[") : -1]) for _ in range(length())]
+        if kind == "Tensor":
+            return values[next(numbers)]
+        if kind == "float":
+            return struct.unpack("<d", struct.pack("<q", next(numbers)))[0]
+        return bool(next(numbers)) if kind == "bool" else next(numbers)
+
+    values = [*inputs, *constants]
+    names = [bytes(take("List[int]")).decode() for _ in range(length())]
+    results = take("List[int]")
+    next(numbers)  # bytes of the inputs
+    operations = length()
+    for _ in range(_TRAFFIC * operations):
+        next(numbers)
+    for _ in range(operations):
+        op = getattr(ops, names[next(numbers)]).default
+        next(numbers), next(numbers)  # whether its results leave, which weight is behind it
+        given = op(*[take(str(argument.type)) for argument in op._schema.arguments])
+        take("List[int]")  # what no one reads any more
+        values += given if isinstance(given, (tuple, list)) else [given]
+    return [values[i] for i in results]

@@ -31,12 +31,13 @@ def program(tmp_path_factory):
     return built
 
 
-def test_a_compiled_package_runs_without_python(program, tmp_path):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_compiled_package_runs_without_python(program, tmp_path, recorded):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     qmodel = probquant.quantize(model.eval(), [torch.randn(8, 3, 16, 16)], progress=False)
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
-    exported = torch.export.export(qmodel, (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes)
+    exported = torch.export.export(qmodel.recorded() if recorded else qmodel, (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
     for batch in (1, 3):
         images = torch.randn(batch, 3, 16, 16)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import probquant as pq
 from probquant import ops
 from probquant.compare import peak_activation_bytes
-from probquant.recording import _by_image, _upcoming, record
+from probquant.recording import _by_image, _read, _upcoming, _write, record
 
 
 @functools.cache
@@ -30,21 +30,22 @@ def int8_ops_of(graph_module):
     return [node for node in graph_module.graph.nodes if str(node.target).startswith("probquant.") and node.target is not ops.run.default]
 
 
-def of_larger_images(code):
+def of_larger_images(recording):
     """The recording, as if the images that it was made from were tiny: it takes those of a call for too large to go through together."""
-    code, at = code.clone(), 1
-    for _ in range(code[0]):
-        at += 1 + int(code[at])
-    at += 1 + int(code[at])
-    assert code[at] > 1
-    code[at] = 1
-    return code
+    numbers, at = _read(recording), 1
+    for _ in range(numbers[0]):
+        at += 1 + numbers[at]
+    at += 1 + numbers[at]
+    assert numbers[at] > 1
+    numbers[at] = 1
+    return _write(numbers)
 
 
 def split(recorded):
     """The recorded graph, of larger images."""
     for run in runs_of(recorded):
-        setattr(recorded, run.args[2].target, of_larger_images(getattr(recorded, run.args[2].target)))
+        run.update_arg(2, of_larger_images(run.args[2]))
+    recorded.recompile()
     return recorded
 
 
@@ -196,6 +197,24 @@ def test_tracers_see_the_ops():
         assert qmodel(*(mode.from_tensor(part) for part in x)).shape == qmodel(*x).shape
 
 
+@pytest.mark.parametrize("name", ["resnet", "yolo", "vit"])
+def test_recordings_are_traced(name):
+    """By fakes of the same shapes, dtypes and strides, for any batch size; what was compiled gives the same bytes."""
+    qmodel, x = quantized(name, surrogate="gaussian"), models.images(name, 3)
+    recorded = qmodel.recorded(*x)
+    assert runs_of(recorded)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = recorded(*(mode.from_tensor(part) for part in x))
+    wanted = qmodel(*x)
+    for left, right in zip(*(torch.utils._pytree.tree_leaves(y) for y in (fake, wanted)), strict=True):
+        assert (left.shape, left.dtype, left.stride()) == (right.shape, right.dtype, right.stride())
+    compiled = torch.compile(recorded, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for count in (3, 2):
+            inputs = models.images(name, count, seed=1)
+            assert equal(compiled(*inputs), qmodel(*inputs))
+
+
 def test_recorded_on_the_cpu_whatever_the_default_device():
     qmodel, x = pq.quantize(models.build("resnet"), [models.images("resnet", 8)], surrogate="gaussian", progress=False), models.images("resnet", 2)
     wanted = fx.Interpreter(qmodel).run(*x)
@@ -245,35 +264,41 @@ def small():
     qmodel = pq.quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval(), [torch.randn(4, 3, 6, 6)], surrogate="gaussian", progress=False)
     recorded = split(record(qmodel, (torch.randn(4, 3, 6, 6),)))
     (run,) = runs_of(recorded)
-    _, constants, code = run.args
-    return [torch.randn(2, 3, 6, 6)], getattr(recorded, constants.target), getattr(recorded, code.target)
+    _, constants, recording = run.args
+    return [torch.randn(2, 3, 6, 6)], getattr(recorded, constants.target), recording
 
 
 def test_damaged_recordings_do_no_harm():
-    inputs, constants, code = small()
-    wanted = ops.run(inputs, constants, code)[0]
+    inputs, constants, recording = small()
+    wanted, numbers = ops.run(inputs, constants, recording)[0], _read(recording)
     rng, outcomes = random.Random(0), {True: 0, False: 0}
     for _ in range(3000):
-        damaged = code.clone()
+        damaged = numbers.copy()
         for _ in range(rng.choice((1, 1, 2, 5))):
-            damaged[rng.randrange(len(code))] = rng.choice((-(2**63), -2, -1, 0, 1, 2, 3, rng.randrange(60), 300, 2**31, 2**40, 2**62))
+            damaged[rng.randrange(len(numbers))] = rng.choice((-(2**63), -2, -1, 0, 1, 2, 3, rng.randrange(60), 300, 2**31, 2**40, 2**62))
         if rng.random() < 0.2:
-            damaged = damaged[: rng.randrange(len(code))].clone()
+            damaged = damaged[: rng.randrange(len(numbers))]
         try:
-            ops.run(inputs, constants, damaged)
+            ops.run(inputs, constants, _write(damaged))
             outcomes[True] += 1
         except RuntimeError:
             outcomes[False] += 1
     assert outcomes[False] > 1000 and outcomes[True] > 10, outcomes
-    assert torch.equal(ops.run(inputs, constants, code)[0], wanted)
+    assert torch.equal(ops.run(inputs, constants, recording)[0], wanted)
+
+
+def test_numbers_and_their_text():
+    numbers = [0, 1, -1, 15, 16, -16, -17, 2**31, -(2**31) - 1, 2**63 - 1, -(2**63)]
+    assert _read(_write(numbers)) == numbers and _write([0, 1, -1, 16]) == "ACBgB"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, c, r: (i, c, r.to(torch.int32)), "recording has dtype int32, want int64"),
-        (lambda i, c, r: (i, c, r[None]), "want one contiguous dimension"),
-        (lambda i, c, r: (i, c, r[:-1]), "the recording ends within an op|of a length"),
+        (lambda i, c, r: (i, c, r[:9] + "-" + r[9:]), "the recording has what is none"),
+        (lambda i, c, r: (i, c, 14 * "g" + r), "behind 0 numbers the recording has what is none"),
+        (lambda i, c, r: (i, c, r + "g"), "the recording ends within a number"),
+        (lambda i, c, r: (i, c, _write(_read(r)[:-1])), "the recording ends within an op|of a length"),
         (lambda i, c, r: (i, c[:-1], r), "the recording names value [0-9]+ of [0-9]+"),
         (lambda i, c, r: ([i[0].double()], c, r), "quantize: x has dtype float64"),
         (lambda i, c, r: ([i[0][:, :2]], c, r), "packed_weight has shape"),

@@ -113,7 +113,7 @@ struct Recordable {
   }
 };
 
-std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& recording) {
+std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const std::string& recording) {
   static const Recordable ops = [] {
     Recordable all;
     for_each_op(all);

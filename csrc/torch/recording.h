@@ -3,7 +3,8 @@
 // Every op is the one that torch.ops.probquant would have called, with the same checks; but for flatten, which is torch's, and stands between the
 // convolutions and the last layer of a network, where it would cut the recording in two.
 //
-// A recording is an int64 tensor, which probquant/recording.py writes:
+// A recording is a text, so that traces and exported programs hold it as they hold any option, and Python's fake can read it. It stands for whole
+// numbers (read_numbers below), which probquant/recording.py writes:
 //   number of op names, then each as its length and characters
 //   number of results, then each as the number of a value
 //   bytes of the inputs for one image, number of ops, then for each: how many numbers it takes below, whether its results of an image depend on that
@@ -20,7 +21,9 @@
 #pragma once
 #include <probquant/ops.h>
 
+#include <array>
 #include <mutex>
+#include <string_view>
 #include <unordered_map>
 
 #include "checks.h"
@@ -30,6 +33,34 @@ namespace probquant::ops {
 
 class Replay;
 using RecordedOp = void (*)(Replay&);
+
+/// The numbers that a recording's text stands for, as base64 variable-length quantities: five bits a character, the lowest first, +32 if another
+/// character follows, of n << 1 for n >= 0 and else of ~(n << 1).
+inline std::vector<int64_t> read_numbers(const std::string& recording) {
+  static constexpr auto kValues = [] {
+    constexpr std::string_view kAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    std::array<uint8_t, 256> values{};
+    for (uint8_t& value : values) value = 0xFF;
+    for (size_t i = 0; i < kAlphabet.size(); ++i) values[static_cast<uint8_t>(kAlphabet[i])] = static_cast<uint8_t>(i);
+    return values;
+  }();
+  std::vector<int64_t> numbers;
+  numbers.reserve(recording.size());
+  uint64_t number = 0;
+  unsigned shift = 0;
+  for (const char c : recording) {
+    const uint8_t value = kValues[static_cast<uint8_t>(c)];
+    require(value < 64 && shift < 64, "run: behind ", numbers.size(), " numbers the recording has what is none");
+    number |= static_cast<uint64_t>(value & 31) << shift;
+    shift += 5;
+    if (value >= 32) continue;
+    numbers.push_back(static_cast<int64_t>((number >> 1) ^ (0 - (number & 1))));
+    number = 0;
+    shift = 0;
+  }
+  require(shift == 0, "run: the recording ends within a number");
+  return numbers;
+}
 
 /// The numbers of a recording, or of a part of it, in order.
 class Numbers {
@@ -72,13 +103,13 @@ class Numbers {
 /// Runs ops of a recording over the whole batch, or over a group of its images (see run_in_groups).
 class Replay : public Numbers {
  public:
-  Replay(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& recording)
-      : Numbers(recording.data<const int64_t>(), recording.data<const int64_t>() + recording.numel()),
-        recording_(recording),
+  Replay(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const std::vector<int64_t>& recording)
+      : Numbers(recording.data(), recording.data() + recording.size()),
+        like_(inputs.empty() ? constants[0] : inputs[0]),
         inputs_(inputs.size()),
         given_(inputs.size() + constants.size()),
-        scratch_(recording) {
-    values_.reserve(given_ + static_cast<size_t>(recording.numel()) / 8);
+        scratch_(like_) {
+    values_.reserve(given_ + recording.size() / 8);
     for (const auto* given : {&inputs, &constants})
       for (const Tensor& t : *given) values_.emplace_back(scratch_.adopt(t));
   }
@@ -142,14 +173,14 @@ class Replay : public Numbers {
   /// A group of `whole`'s images, in a stretch that begins where that stands.
   Replay(const Replay& whole, int64_t image, int64_t images)
       : Numbers(nullptr, nullptr),
-        recording_(whole.recording_),
+        like_(whole.like_),
         inputs_(whole.inputs_),
         given_(whole.given_),
         whole_(&whole),
         first_(whole.values_.size()),
         image_(image),
         images_(images),
-        scratch_(whole.recording_) {}
+        scratch_(whole.like_) {}
 
   // -------------------------------------------------------------------------------------------------------------------
   // The plan
@@ -318,7 +349,7 @@ class Replay : public Numbers {
     return result;
   }
 
-  const Tensor& recording_;
+  const Tensor& like_;                   // on whose device all is
   const size_t inputs_, given_;          // how many inputs there are, and with the constants behind them
   const Replay* const whole_ = nullptr;  // what this is a group of
   const size_t first_ = 0;               // the first value that is this group's own
@@ -364,10 +395,9 @@ inline Tensor flatten(const Tensor& x, int64_t start_dim, int64_t end_dim) {
 }
 
 inline std::vector<Tensor> replay(const std::unordered_map<std::string, RecordedOp>& ops, const std::vector<Tensor>& inputs,
-                                  const std::vector<Tensor>& constants, const Tensor& recording) {
-  check_device_and_dtype({"run", "recording"}, recording, device_of(recording), stable::codes().int64);
-  require(recording.dim() == 1 && recording.is_contiguous(), "run: recording has shape ", text(recording.sizes()), ", want one contiguous dimension");
-  return Replay(inputs, constants, recording).run(ops);
+                                  const std::vector<Tensor>& constants, const std::string& recording) {
+  require(!inputs.empty() || !constants.empty(), "run: inputs and constants are empty, want a tensor");
+  return Replay(inputs, constants, read_numbers(recording)).run(ops);
 }
 
 }  // namespace probquant::ops

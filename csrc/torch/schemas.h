@@ -8,7 +8,7 @@
 // Strategy, activation: the integers of types.h. Bounds of None are infinite. padding is [height, width] or
 // [top, bottom, left, right]. With strategy 0 (none) a layer or a
 // layer_norm returns its float32 output and three empty tensors.
-// run replays a recording of the others (recording.h); it has no fake: whoever traces runs the others themselves.
+// run replays a recording of the others (recording.h).
 #pragma once
 
 #define PROBQUANT_X "Tensor x, Tensor x_scale, Tensor x_zero_point"
@@ -47,7 +47,7 @@ inline constexpr const char* kSchemas[] = {
     "bool keep_sum=False, " PROBQUANT_RANGE_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attention(Tensor query, Tensor query_scale, Tensor query_zero_point, Tensor key, Tensor key_scale, Tensor key_zero_point, "
     "Tensor value, Tensor value_scale, Tensor value_zero_point, int heads, float scale, " PROBQUANT_RANGE,
-    "run(Tensor[] inputs, Tensor[] constants, Tensor recording) -> Tensor[]",
+    "run(Tensor[] inputs, Tensor[] constants, str recording) -> Tensor[]",
 };
 
 }  // namespace probquant

@@ -396,6 +396,21 @@ struct Convert<std::vector<T>> {
   }
 };
 
+template <>
+struct Convert<std::string> {
+  static std::string take(Slot slot) {
+    struct Free {
+      void operator()(StringOpaque* string) const { torch_delete_string(string); }
+    };
+    const std::unique_ptr<StringOpaque, Free> string(reinterpret_cast<StringOpaque*>(slot));
+    size_t length;
+    const char* characters;
+    PROBQUANT_TORCH_CHECK(torch_string_length(string.get(), &length));
+    PROBQUANT_TORCH_CHECK(torch_string_c_str(string.get(), &characters));
+    return {characters, length};
+  }
+};
+
 /// Calls a kernel with arguments from a source, whose take<T>() gives the next one, of type T.
 template <auto Kernel>
 struct Call;
@@ -434,7 +449,7 @@ struct StackSource {
 /// Boxed<&kernel>::call is `kernel` in torch's calling convention. Schema type and C++ type of an argument:
 ///   Tensor  const Tensor&          Tensor?  const std::optional<Tensor>&     Tensor[]  const std::vector<Tensor>&
 ///   int     int64_t                float    double                           bool      bool
-///   int[]   const std::vector<int64_t>&                 ScalarType  int32_t (see Codes)
+///   int[]   const std::vector<int64_t>&                 ScalarType  int32_t (see Codes)      str  const std::string&
 /// and optionals of these. It returns a Tensor, a std::tuple or a std::vector of them, or a number.
 template <auto Kernel>
 struct Boxed {

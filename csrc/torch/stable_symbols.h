@@ -9,6 +9,7 @@
 struct AtenTensorOpaque;
 class TorchLibraryOpaque;
 struct StableListOpaque;
+struct StringOpaque;
 struct DeviceGuardOpaque;
 
 // X(return type, name, parameters). Functions return 0 for success unless they return a code or a version.
@@ -47,6 +48,9 @@ struct DeviceGuardOpaque;
   X(int32_t, torch_list_size, (StableListOpaque*, size_t*))                                                            \
   X(int32_t, torch_list_get_item, (StableListOpaque*, size_t, uint64_t*))                                              \
   X(int32_t, torch_delete_list, (StableListOpaque*))                                                                   \
+  X(int32_t, torch_string_length, (StringOpaque*, size_t*))                                                            \
+  X(int32_t, torch_string_c_str, (StringOpaque*, const char**))                                                        \
+  X(int32_t, torch_delete_string, (StringOpaque*))                                                                     \
   X(int32_t, torch_parallel_for, (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*))                \
   X(int32_t, torch_get_num_threads, (uint32_t*))                                                                       \
   X(int32_t, torch_get_thread_idx, (uint32_t*))                                                                        \
