@@ -24,6 +24,7 @@ from ._ops import ops
 
 _NOT_RECORDED = ("run", "pack_weight")
 _WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
+_flatten = torch.ops.aten.flatten.using_ints  # the one op of torch that is recorded
 _TRAFFIC = 5  # numbers for each op, before the ops
 _ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 _OF_ALL_IMAGES = {"packed_weight", "predictor", "weight", "bias", "scale", "zero_point"}  # arguments that are not activations
@@ -93,7 +94,7 @@ def _is_recordable(node: fx.Node) -> bool:
 
 def _reshapes(node: fx.Node) -> bool:
     """Whether the node only takes a value out of several, or flattens one image by image."""
-    return node.target is operator.getitem or (node.target is torch.ops.aten.flatten.using_ints and node.args[1:] == (1,))
+    return node.target is operator.getitem or (node.target is _flatten and node.args[1:] == (1,))
 
 
 def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, int]:
@@ -290,7 +291,8 @@ def _(inputs, constants, recording):
     for _ in range(_TRAFFIC * operations):
         next(numbers)
     for _ in range(operations):
-        op = getattr(ops, names[next(numbers)]).default
+        name = names[next(numbers)]
+        op = _flatten if name == _flatten._opname else getattr(ops, name).default
         next(numbers), next(numbers)  # whether its results leave, which weight is behind it
         given = op(*[take(str(argument.type)) for argument in op._schema.arguments])
         take("List[int]")  # what no one reads any more
