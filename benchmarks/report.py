@@ -232,7 +232,8 @@ def accuracy_page(parts: list[tuple[list[dict], dict]], ablations: list[tuple[li
         "the shifts belong to. Fixed ranges (static) are those of the pictures as they are, as is usual. Profile: with channel profiles, which even a tensor's channels out between the layers that write and read it, as cross-layer equalization does, "
         "by what its values reach. Exact ranges (dynamic) are each picture's; in a transformer's blocks each token's. qat: trained to imitate float32's outputs, without labels. The drop is what float32 has more of the first metric, in points, with its 95 % interval, paired by picture (Agresti and Min for "
         "top-1; a jackknife over 16 groups of pictures for AP; the mean's for IoU, which is that with float32's mask). Agreement: the share of float32's classes. SQNR: of the network's whole output, per picture; "
-        "worst 1 %: the mean of the lowest. Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
+        "worst 1 %: the mean of the lowest. What prediction itself takes of the time: probabilistic:gaussian over static, whose kernels are the same otherwise; by layer, the column \"/ own static\" of the "
+        "[page of layers](layers-amx.md). Shifts: `benchmarks/accuracy.py --help`; severity 3 of 5 unless told. Seeds are fixed: a run repeats itself.\n",
     ]
     sections = [(model, rows, run) for rows, run in parts for model in dict.fromkeys(row["model"] for row in rows)]
     for i, (model, rows, run) in enumerate(sections):
