@@ -140,6 +140,8 @@ class QuantizedModel(fx.GraphModule):
                 return graph_forward(self, *args, **kwargs)
             run, tensors = self._recorded
             if run is None or not all(holder.get(name) is tensor for holder, name, tensor in tensors):
+                if not all(x.numel() for x in pytree.tree_leaves((args, kwargs))):  # whose sizes tell nothing
+                    return graph_forward(self, *args, **kwargs)
                 bound = inspect.signature(graph_forward).bind(self, *args, **kwargs)
                 bound.apply_defaults()
                 run = record(self, bound.args[1:]) or functools.partial(graph_forward, self)

@@ -222,6 +222,15 @@ def test_recorded_on_the_cpu_whatever_the_default_device():
         assert equal(qmodel(*x), wanted)
 
 
+def test_an_empty_batch_records_nothing():
+    """Its sizes would say that no batch is worth splitting."""
+    qmodel, x = copy.deepcopy(quantized("resnet", surrogate="gaussian")), models.images("resnet", 1)
+    assert qmodel(*(part[:0] for part in x)).shape[0] == 0
+    assert qmodel._recorded[0] is None
+    qmodel(*x)
+    assert runs_of(qmodel._recorded[0])
+
+
 def test_threads_share_a_model():
     qmodel, x = quantized("mobilenet", surrogate="gaussian"), models.images("mobilenet", 3)
     wanted, wrong = qmodel(*x), []
