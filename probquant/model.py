@@ -199,8 +199,8 @@ class QuantizedModel(fx.GraphModule):
         """This model with its int8 ops put into a few calls of torch.ops.probquant.run, for those who trace it on the CPU: what torch.compile and
         torch.export make of it runs as fast as a plain call does. It has the tensors that the model has now.
 
-        inputs: what it will be called with, or the like of it; their sizes tell how to split batches whose activations outgrow the cache. Without
-            them no batch is split. Any batch size can be called.
+        inputs: what it will be called with, or the like of it: their sizes tell how to split batches whose activations outgrow the cache. Without
+            inputs, or with an empty batch, no batch is split. Any batch size can be called.
         """
         return record(self, inputs or None) or fx.GraphModule(self, self.graph)
 

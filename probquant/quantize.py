@@ -674,7 +674,7 @@ def _calibrate(
     needed = {node for plan in plans for node in (*plan.unit.inputs, plan.unit.anchor, plan.unit.output, plan.unit.residual) if node is not None}
     for variant in variants[1:]:
         for plan, first in zip(variant.plans, variants[0].plans, strict=True):
-            plan.rounding_fit, plan.bias_fit = first.rounding_fit, first.bias_fit  # profiles aside they learn the same: once
+            plan.rounding_fit, plan.bias_fit = first.rounding_fit, first.bias_fit  # which learn of the float graph, before its profiles: once
     number = 0
     learns = any(plan.learns for plan in plans)
     with torch.no_grad(), tqdm(desc="calibrating", unit=" images", disable=not progress) as bar:

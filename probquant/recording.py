@@ -17,6 +17,8 @@ from itertools import chain
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from ._ops import ops
 
@@ -106,8 +108,8 @@ def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, i
                 found[node] = value.nbytes // value.shape[0]
             return value
 
-    with torch.no_grad():
-        Sizes(graph_module).run(*inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        Sizes(graph_module).run(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
     return found
 
 

@@ -151,9 +151,9 @@ def test_a_residual_of_a_float_output_has_none():
         assert float(sqnr(model(images(8)), qmodel(images(8))).mean()) > 30
 
 
-def powers(component: Component, largest: torch.Tensor, weighed: int | None = None) -> list[float]:
+def powers(component: Component, largest: torch.Tensor, weighed: int | None = None, sources: int | None = None) -> list[float]:
     """Chosen for samples whose channels reach `largest` [samples, channels], in a network of two layers; those behind the first `weighed` are
-    shifted, and known by their extremes alone."""
+    shifted, and known by their extremes alone. sources: how many pictures they are made of, in turn."""
     (node,), (unit,) = component.tensors, component.consumers
     largest, weight = largest.double(), unit.weight.double().flatten(1, 2)
     zeros, ones = torch.zeros_like(largest), torch.ones_like(largest)
@@ -162,7 +162,7 @@ def powers(component: Component, largest: torch.Tensor, weighed: int | None = No
     y = Seen(*[outputs] * len(dataclasses.fields(Seen)))
     number = torch.arange(len(largest))
     known = number < (len(largest) if weighed is None else weighed)
-    look = Look(number, (~known).long(), known, {node: x, unit.anchor: y})
+    look = Look(number % (sources or len(number)), (~known).long(), known, {node: x, unit.anchor: y})
     return profiles.choose_powers([component], look)
 
 
@@ -183,6 +183,15 @@ def test_a_gain_that_may_be_chance_is_none(monkeypatch):
     assert powers(component, largest) == [0.0]
     monkeypatch.setattr(profiles, "_CERTAIN", 0.0)
     assert powers(component, largest)[0] > 0.0
+
+
+def test_copies_of_a_picture_are_no_further_pictures():
+    """Six pictures seen four times: what they gain would be certain if it were that of 24."""
+    (component, *_) = [c for c in components(uneven(net(lambda a, b: F.silu(a)))) if len(c.consumers) == 1]
+    spread = torch.randn(6, 8, generator=torch.Generator().manual_seed(10)).repeat(4, 1)
+    largest = 2.0 ** (torch.linspace(0, 2, 8) + 0.5 * spread)
+    assert powers(component, largest)[0] > 0.0
+    assert powers(component, largest, sources=6) == [0.0]
 
 
 def test_a_surrogate_is_not_worse_for_profiles():

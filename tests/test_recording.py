@@ -222,6 +222,27 @@ def test_recorded_on_the_cpu_whatever_the_default_device():
         assert equal(qmodel(*x), wanted)
 
 
+def test_a_first_call_is_like_all_others():
+    """Though it looks through the graph for sizes: what a graph does to its input it does once."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x.mul_(0.5)
+            return self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 10, 10)
+    qmodel = pq.quantize(InPlace().eval(), [x.clone()], strategy="dynamic", channel_profile=False, progress=False)
+    first, second = x.clone(), x.clone()
+    results = qmodel(first), qmodel(second)
+    assert equal(*results) and equal(results[0], fx.Interpreter(qmodel).run(x.clone()))
+    assert torch.equal(first, second) and torch.equal(first, 0.5 * x)
+
+
 def test_an_empty_batch_records_nothing():
     """Its sizes would say that no batch is worth splitting."""
     qmodel, x = copy.deepcopy(quantized("resnet", surrogate="gaussian")), models.images("resnet", 1)
@@ -306,6 +327,7 @@ def test_numbers_and_their_text():
     [
         (lambda i, c, r: (i, c, r[:9] + "-" + r[9:]), "the recording has what is none"),
         (lambda i, c, r: (i, c, 14 * "g" + r), "behind 0 numbers the recording has what is none"),
+        (lambda i, c, r: (i, c, 12 * "g" + "Q" + r), "behind 0 numbers the recording has what is none"),
         (lambda i, c, r: (i, c, r + "g"), "the recording ends within a number"),
         (lambda i, c, r: (i, c, _write(_read(r)[:-1])), "the recording ends within an op|of a length"),
         (lambda i, c, r: (i, c[:-1], r), "the recording names value [0-9]+ of [0-9]+"),

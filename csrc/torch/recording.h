@@ -50,7 +50,7 @@ inline std::vector<int64_t> read_numbers(const std::string& recording) {
   unsigned shift = 0;
   for (const char c : recording) {
     const uint8_t value = kValues[static_cast<uint8_t>(c)];
-    require(value < 64 && shift < 64, "run: behind ", numbers.size(), " numbers the recording has what is none");
+    require(value < 64 && shift < 64 && (shift < 60 || value < 16), "run: behind ", numbers.size(), " numbers the recording has what is none");
     number |= static_cast<uint64_t>(value & 31) << shift;
     shift += 5;
     if (value >= 32) continue;
