@@ -357,15 +357,18 @@ class StaticFit:
         return float(lo[best // len(shares), 0]), float(hi[0, best % len(shares)])
 
     def _divergence(self, lo: float, hi: float) -> float:
-        """Of the values, clipped to [lo, hi], from what 256 codes make of them."""
+        """Of the values, clipped to [lo, hi], from what 256 codes make of them. Those that are 0 do not count: they have a code of their own, and
+        behind a ReLU are a spike that any code but the narrowest would smear over its bins."""
         width = self.limit / _BINS
         first, last = math.floor((lo + self.limit) / width), math.ceil((hi + self.limit) / width)
-        inside = self.counts[first:last]
+        counts = self.counts.clone()
+        counts[_BINS] -= self.values - self.occupied
+        inside = counts[first:last]
         if len(inside) < 256 or not bool(inside.any()):  # with a code for every bin, clipping alone would be told
             return math.inf
         clipped = inside.clone()
-        clipped[0] += self.counts[:first].sum()
-        clipped[-1] += self.counts[last:].sum()
+        clipped[0] += counts[:first].sum()
+        clipped[-1] += counts[last:].sum()
         code = torch.arange(len(inside)) * 256 // len(inside)
         held = (inside > 0).double()
         total, bins = (torch.zeros(256, dtype=torch.float64).index_add_(0, code, part) for part in (inside, held))

@@ -34,6 +34,15 @@ def test_static_criteria_differ_where_there_are_outliers():
     assert beyond <= 0.0011
 
 
+def test_entropy_is_of_what_is_not_zero():
+    """Zeros behind a ReLU are a spike that a range, whatever its width, has a code for."""
+    y = normal(400_000, seed=1).relu()
+    fit, without = surrogates.StaticFit(), surrogates.StaticFit()
+    fit.update(y)
+    without.update(y[y > 0])
+    assert fit.fit("entropy", 99.99) == without.fit("entropy", 99.99) and fit.fit("entropy", 99.99)[1] > 3.0
+
+
 def test_range_fit_finds_the_least_error():
     """Against rounding the values themselves, for a pair of widths on each side of the chosen one, too."""
     y = normal(4, 30_000, seed=1)
