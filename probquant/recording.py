@@ -266,9 +266,6 @@ def _(inputs, constants, recording):
     """Runs the fakes of what was recorded."""
     numbers = iter(_read(recording))
 
-    def length() -> int:
-        return next(numbers)
-
     def take(kind: str):
         if kind == "Optional[Tensor]":
             number = next(numbers)
@@ -276,7 +273,7 @@ def _(inputs, constants, recording):
         if kind.startswith("Optional["):
             return take(kind[len("Optional[") : -1]) if next(numbers) else None
         if kind.startswith("List["):
-            return [take(kind[len("List[") : -1]) for _ in range(length())]
+            return [take(kind[len("List[") : -1]) for _ in range(next(numbers))]
         if kind == "Tensor":
             return values[next(numbers)]
         if kind == "float":
@@ -284,10 +281,10 @@ def _(inputs, constants, recording):
         return bool(next(numbers)) if kind == "bool" else next(numbers)
 
     values = [*inputs, *constants]
-    names = [bytes(take("List[int]")).decode() for _ in range(length())]
+    names = [bytes(take("List[int]")).decode() for _ in range(next(numbers))]
     results = take("List[int]")
     next(numbers)  # bytes of the inputs
-    operations = length()
+    operations = next(numbers)
     for _ in range(_TRAFFIC * operations):
         next(numbers)
     for _ in range(operations):
