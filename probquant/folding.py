@@ -36,6 +36,9 @@ def _remove_identities(graph_module: fx.GraphModule) -> None:
         if node.op == "call_function" and (node.target in _IDENTITIES or _takes_all(node)):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+        elif _gives_all(node):
+            node.replace_all_uses_with(node.args[1])
+            graph_module.graph.erase_node(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
 
@@ -45,6 +48,14 @@ def _takes_all(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor or argument(node, 4, "step", 1) != 1:
         return False
     shape, source = shape_of(node), shape_of(node.args[0])
+    return shape is not None and source is not None and all(map(same_size, shape, source))
+
+
+def _gives_all(node: fx.Node) -> bool:
+    """Whether a scatter into a slice overwrites all that there was: what x[:, :width] += y becomes where x is no wider."""
+    if node.target is not aten.slice_scatter.default or argument(node, 5, "step", 1) != 1:
+        return False
+    shape, source = shape_of(node), shape_of(node.args[1])
     return shape is not None and source is not None and all(map(same_size, shape, source))
 
 
@@ -163,23 +174,29 @@ def _fold_hardsigmoids(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_layer_scales(graph_module: fx.GraphModule) -> None:
-    """(x w + b) * scale, a parameter per output channel, becomes one layer: the LayerScale of arXiv 2103.17239."""
+    """(x w + b) * scale, a parameter per output channel, becomes one layer: the LayerScale of arXiv 2103.17239, also behind the permute of
+    arXiv 2201.03545, where channels come last in a block and first between blocks."""
     for product in list(graph_module.graph.nodes):
         if product.op != "call_function" or product.target is not aten.mul.Tensor:
             continue
-        for layer, parameter in (product.args[:2], product.args[1::-1]):
+        for factors, parameter in (product.args[:2], product.args[1::-1]):
+            permute = factors if isinstance(factors, fx.Node) and factors.target is aten.permute.default else None
+            layer = factors if permute is None else permute.args[0]
             scale, parts = attribute(graph_module, parameter), _weight_and_bias(graph_module, layer)
-            if scale is None or parts is None or len(layer.users) != 1:
+            if scale is None or parts is None or len(layer.users) != 1 or len(factors.users) != 1 or shape_of(product) != shape_of(factors):
                 continue
             weight, bias = parts
-            behind = 0 if layer.target is aten.linear.default else 2  # dimensions behind the channels
-            matches = scale.numel() == len(weight) and scale.dim() > behind and scale.shape[scale.dim() - 1 - behind] == len(weight)
-            if not matches or shape_of(product) != shape_of(layer):
+            rank = len(shape_of(layer))
+            channels = rank - 1 if layer.target is aten.linear.default else rank - 3  # an image may lack its batch dimension
+            if permute is not None:
+                channels = [dim % rank for dim in permute.args[1]].index(channels)
+            at = channels - rank  # from the end, as scale may have fewer dimensions
+            if scale.numel() != len(weight) or scale.dim() < -at or scale.shape[at] != len(weight):
                 continue
             factor = scale.double().flatten()
             folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
             _replace_parameters(graph_module, layer, folded, None if bias is None else bias.double() * factor, "layer_scale")
-            product.replace_all_uses_with(layer)
+            product.replace_all_uses_with(factors)
             graph_module.graph.erase_node(product)
             break
 

@@ -55,6 +55,32 @@ class Ghost(nn.Module):
         return torch.cat([x, self.step(x)], 1)[:, :32] + self.wide(x)[:, :32]
 
 
+class Added(nn.Module):
+    """An addition in place, to a slice that takes all that there is: GhostNet's residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = nn.Conv2d(16, 16, 3, 1, 1)
+
+    def forward(self, x):
+        y = torch.cat([x, self.step(x)], 1)[:, :32]
+        y += torch.cat([x, x], 1)
+        return F.relu(y)
+
+
+class ConvNeXt(nn.Module):
+    """A block of arXiv 2201.03545: channels are last within it, its scale stands behind the permute."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.norm = nn.Conv2d(16, 16, 7, 1, 3, groups=16), nn.LayerNorm(16)
+        self.grow, self.shrink, self.gamma = nn.Linear(16, 64), nn.Linear(64, 16), nn.Parameter(torch.rand(16, 1, 1))
+
+    def forward(self, x):
+        rows = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        return x + self.gamma * self.shrink(F.gelu(self.grow(rows))).permute(0, 3, 1, 2)
+
+
 class JoinedBias(nn.Module):
     """BEiT's: a query and a value have biases, a key has none (arXiv 2106.08254)."""
 
@@ -91,6 +117,8 @@ FOLDED = {
     "splits": (lambda: Split(lambda y: y.split([16, 16], 1)), 48, {"stem", "body.enter.channels_0_16", "body.enter.channels_16_32", "body.step", "head"}),
     "slices": (lambda: Split(lambda y: (y[:, :-16], y[:, 16:])), 48, {"stem", "body.enter.channels_0_16", "body.enter.channels_16_32", "body.step", "head"}),
     "a slice of everything": (Ghost, 32, {"stem", "body.step", "body.wide", "head"}),
+    "an addition to a slice of everything": (Added, 32, {"stem", "body.step", "head"}),
+    "a scale behind a permute": (ConvNeXt, 16, {"stem", "body.mix", "body.grow", "body.shrink", "head"}),
     "a joined bias": (JoinedBias, 48, {"stem", "body", "head"}),
 }
 
@@ -124,9 +152,14 @@ def test_folding(name):
 
 
 def test_no_float_island_is_left():
-    for name in ("norm behind a concatenation", "norm behind a pool", "chunks", "slices"):
+    for name in ("norm behind a concatenation", "norm behind a pool", "chunks", "slices", "an addition to a slice of everything"):
         qmodel = pq.quantize(network(name), [torch.randn(4, 3, 16, 16)], surrogate="gaussian", progress=False)
         assert not [node for node in qmodel.graph.nodes if str(node.target).startswith("aten.")], name
+
+
+def test_a_scale_behind_a_permute_goes_into_the_layer():
+    traced = trace(network("a scale behind a permute"), (torch.randn(4, 3, 16, 16),))
+    assert not [node for node in traced.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
 
 
 def test_constants_are_computed_once():
