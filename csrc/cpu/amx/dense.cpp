@@ -7,7 +7,8 @@
 // x is loaded from where it lies when the rows of a part are equally far apart; other rows (ends of short lines, segments that are not a
 // multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. So are 3-channel inputs, unless
 // their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
-// padding works on copies of its input that have it (padded_copies.h), which costs less than to gather its borders' rows.
+// padding works on copies of its input that have it (input_copies.h), which costs less than to gather its borders' rows; where lines of 7 positions
+// would fill 7 rows of a part, on copies whose positions follow each other.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
 // L3 gives a core 29 GB/s, so that weights which come when they are read take as long as the products of 100 rows: those of the next panels, and
 // the next layer's where the caller knows it, come to L2 meanwhile (Stream).
@@ -19,7 +20,7 @@
 // additions, integer ones and logic still twice. So 4 rows per step are free, and 32 rows beside one step take 400 clocks with it.
 #define PROBQUANT_TILE_ROWS 32
 #include "../avx512vnni/dense_epilogue.h"
-#include "../padded_copies.h"
+#include "../input_copies.h"
 #include "tiles.h"
 
 #include <type_traits>
@@ -29,6 +30,7 @@ namespace {
 
 constexpr int kTileBlocks = 2;
 constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
+constexpr int64_t kPartRows = 16;                       ///< of a tile, at most
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
 constexpr int64_t kGatheredBytes = 768;                 ///< of each row: a patch of 16 x 16 x 3, so that its panels need one gather
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
@@ -637,7 +639,7 @@ void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output)
 
 /// Tiles load x from where it lies.
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
-  run_on_padded_copies(p, range, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded(q, part, output); });
+  run_on_copies(p, range, kPartRows, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded(q, part, output); });
 }
 
 void quantized(const LayerProblem& p, const LayerRange& range) { run(p, range, Output::codes); }

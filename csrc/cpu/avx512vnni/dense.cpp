@@ -13,7 +13,7 @@
 // constants, its calls, about 100 clocks, comes once for 24 rows, and the epilogues are a few functions instead of one per register tile.
 // The epilogue takes 24 (behind a ReLU) to 28 vector instructions per 64 outputs, moments and clip counts included: see dense_epilogue.h.
 #define PROBQUANT_TILE_ROWS 24
-#include "../padded_copies.h"
+#include "../input_copies.h"
 #include "dense_epilogue.h"
 #include "grouped.h"
 
@@ -338,7 +338,7 @@ void run_unpadded(const LayerProblem& p, const LayerRange& range, Output output)
 template <class Kernel>
 void run(const LayerProblem& p, const LayerRange& range, Output output) {
   if (!Kernel::on_copies(p.shape)) return run_unpadded<Kernel>(p, range, output);
-  run_on_padded_copies(p, range, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded<Kernel>(q, part, output); });
+  run_on_copies(p, range, 0, !(p.held && output == Output::codes), [&](const LayerProblem& q, const LayerRange& part) { run_unpadded<Kernel>(q, part, output); });
 }
 
 template <class Kernel>
