@@ -121,14 +121,15 @@ def exp(x) -> np.ndarray:
 
 
 @quiet
-def erf(x) -> np.ndarray:
-    a = np.abs(f32(x))
-    t = np.float32(1) / fma(0.3275911, a, 1)
-    p = f32(1.061405429)
-    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        p = fma(p, t, coefficient)
-    y = fma(-(p * t), exp(-(a * a)), 1)
-    return np.where(f32(x) < 0, -y, y)
+def gelu(x) -> np.ndarray:
+    a = clamp(x, -5, 5)
+    w, p = fma(a, a, -12.5), f32(-8.99063958e-16)
+    for coefficient in (
+        3.40859272e-14, -5.37368110e-13, 8.64760780e-12, -2.11122925e-10, 4.42530501e-09, -7.75306859e-08,
+        1.28470140e-06, -2.06780696e-05, 3.29757720e-04, -5.62387472e-03, 1.41363755e-01,
+    ):  # fmt: skip
+        p = fma(p, w, coefficient)
+    return f32(x) * (a * p + np.float32(0.5))
 
 
 @quiet
@@ -142,7 +143,7 @@ def activate(kind: int, x) -> np.ndarray:
     if kind == SILU:
         return x * sigmoid(x)
     if kind == GELU:
-        return (np.float32(0.5) * x) * (np.float32(1) + erf(x * np.float32(0.70710678)))
+        return gelu(x)
     if kind == HARDSWISH:
         return x * (clamp(x + np.float32(3), 0, 6) * np.float32(0.16666667))
     return sigmoid(x) if kind == SIGMOID else x

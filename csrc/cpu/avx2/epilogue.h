@@ -34,16 +34,21 @@ inline __m256 exp_ps(__m256 x) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 
-inline __m256 erf_ps(__m256 x) {
-  const __m256 one = _mm256_set1_ps(1.0f), a = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
-  const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.3275911f), a, one));
-  __m256 p = _mm256_set1_ps(1.061405429f);
-  p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-1.453152027f));
-  p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(1.421413741f));
-  p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(-0.284496736f));
-  p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(0.254829592f));
-  const __m256 y = _mm256_fmadd_ps(negate_ps(_mm256_mul_ps(p, t)), exp_ps(negate_ps(_mm256_mul_ps(a, a))), one);
-  return _mm256_blendv_ps(y, negate_ps(y), _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
+inline __m256 gelu_ps(__m256 x) {
+  const __m256 a = clamp_ps(x, _mm256_set1_ps(-5.0f), _mm256_set1_ps(5.0f)), w = _mm256_fmadd_ps(a, a, _mm256_set1_ps(-12.5f));
+  __m256 p = _mm256_set1_ps(-8.99063958e-16f);
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(3.40859272e-14f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-5.37368110e-13f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(8.64760780e-12f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-2.11122925e-10f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(4.42530501e-09f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-7.75306859e-08f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(1.28470140e-06f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-2.06780696e-05f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(3.29757720e-04f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-5.62387472e-03f));
+  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(1.41363755e-01f));
+  return _mm256_mul_ps(x, _mm256_add_ps(_mm256_mul_ps(a, p), _mm256_set1_ps(0.5f)));
 }
 
 inline __m256 sigmoid_ps(__m256 x) {
@@ -55,9 +60,7 @@ inline __m256 sigmoid_ps(__m256 x) {
 inline __m256 activate_ps(Activation kind, __m256 x) {
   switch (kind) {
     case Activation::silu: return _mm256_mul_ps(x, sigmoid_ps(x));
-    case Activation::gelu:
-      return _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(0.5f), x),
-                           _mm256_add_ps(_mm256_set1_ps(1.0f), erf_ps(_mm256_mul_ps(x, _mm256_set1_ps(0.70710678118654752f)))));
+    case Activation::gelu: return gelu_ps(x);
     case Activation::hardswish: {
       const __m256 gate = clamp_ps(_mm256_add_ps(x, _mm256_set1_ps(3.0f)), _mm256_setzero_ps(), _mm256_set1_ps(6.0f));
       return _mm256_mul_ps(x, _mm256_mul_ps(gate, _mm256_set1_ps(0.166666667f)));

@@ -45,16 +45,21 @@ inline __m512 exp_ps(__m512 x) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));  // times 2^n, normal
 }
 
-inline __m512 erf_ps(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x);
-  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), a, one));
-  __m512 p = _mm512_set1_ps(1.061405429f);
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), exp_ps(_mm512_fnmsub_ps(a, a, _mm512_setzero_ps())), one);
-  return _mm512_mask_xor_ps(y, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), y, _mm512_set1_ps(-0.0f));
+inline __m512 gelu_ps(__m512 x) {
+  const __m512 a = clamp_ps(x, _mm512_set1_ps(-5.0f), _mm512_set1_ps(5.0f)), w = _mm512_fmadd_ps(a, a, _mm512_set1_ps(-12.5f));
+  __m512 p = _mm512_set1_ps(-8.99063958e-16f);
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(3.40859272e-14f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-5.37368110e-13f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(8.64760780e-12f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-2.11122925e-10f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(4.42530501e-09f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-7.75306859e-08f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(1.28470140e-06f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-2.06780696e-05f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(3.29757720e-04f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-5.62387472e-03f));
+  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(1.41363755e-01f));
+  return _mm512_mul_ps(x, _mm512_add_ps(_mm512_mul_ps(a, p), _mm512_set1_ps(0.5f)));
 }
 
 inline __m512 sigmoid_ps(__m512 x) {
@@ -66,9 +71,7 @@ inline __m512 sigmoid_ps(__m512 x) {
 inline __m512 activate_ps(Activation kind, __m512 x) {
   switch (kind) {
     case Activation::silu: return _mm512_mul_ps(x, sigmoid_ps(x));
-    case Activation::gelu:
-      return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x),
-                           _mm512_add_ps(_mm512_set1_ps(1.0f), erf_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752f)))));
+    case Activation::gelu: return gelu_ps(x);
     case Activation::hardswish: {
       const __m512 gate = clamp_ps(_mm512_add_ps(x, _mm512_set1_ps(3.0f)), _mm512_setzero_ps(), _mm512_set1_ps(6.0f));
       return _mm512_mul_ps(x, _mm512_mul_ps(gate, _mm512_set1_ps(0.166666667f)));
