@@ -136,31 +136,32 @@ class QuantizedModel(fx.GraphModule):
 
         @functools.wraps(graph_forward)
         def forward(self, *args, **kwargs):
-            if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in pytree.tree_leaves((args, kwargs))):
+            given = args if not kwargs and all(type(x) is torch.Tensor for x in args) else pytree.tree_leaves((args, kwargs))
+            if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in given):
                 return graph_forward(self, *args, **kwargs)
-            run, tensors = self._recorded
-            if run is None or not all(holder.get(name) is tensor for holder, name, tensor in tensors):
-                if not all(x.numel() for x in pytree.tree_leaves((args, kwargs))):  # whose sizes tell nothing
+            run, (holders, names, tensors) = self._recorded
+            if run is None or not all(map(operator.is_, map(dict.get, holders, names), tensors)):  # of a hundred tensors: in C
+                if not all(x.numel() for x in given):  # whose sizes tell nothing
                     return graph_forward(self, *args, **kwargs)
                 bound = inspect.signature(graph_forward).bind(self, *args, **kwargs)
                 bound.apply_defaults()
-                run = record(self, bound.args[1:]) or functools.partial(graph_forward, self)
+                run = record(self, bound.args[1:], hold=True) or functools.partial(graph_forward, self)
                 self.__dict__["_recorded"] = (run, self._tensors_read())
             return run(*args, **kwargs)
 
         cls.forward = forward
-        self.__dict__["_recorded"] = (None, [])
+        self.__dict__["_recorded"] = (None, ((), (), ()))
         return code
 
-    def _tensors_read(self) -> list[tuple[dict, str, torch.Tensor]]:
-        """(where it is held, by which name, the tensor) of each that the graph reads."""
+    def _tensors_read(self) -> tuple[tuple[dict, ...], tuple[str, ...], tuple[torch.Tensor, ...]]:
+        """Of each tensor that the graph reads: where it is held, by which name, and itself."""
         found = []
         for target in dict.fromkeys(node.target for node in self.graph.nodes if node.op == "get_attr"):
             path, _, leaf = target.rpartition(".")
             module = self.get_submodule(path)
             holder = next(held for held in (module._buffers, module._parameters, module.__dict__) if leaf in held)
             found.append((holder, leaf, holder[leaf]))
-        return found
+        return tuple(zip(*found, strict=True)) or ((), (), ())
 
     def __deepcopy__(self, memo) -> QuantizedModel:
         return _rebuild(_header(self), {name: tensor.clone() for name, tensor in _tensors(self).items()})

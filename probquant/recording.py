@@ -2,7 +2,8 @@
 
 A call from Python costs more than a small layer's arithmetic: a MobileNetV2 on one image of 224 x 224 spends a third of its time
 between its ops. A QuantizedModel that is called plainly on the CPU therefore runs as recorded here; whoever traces it
-(torch.compile, torch.export, make_fx, its own capture) sees its graph, or what its recorded() gives. The format stands in csrc/torch/recording.h.
+(torch.compile, torch.export, make_fx, its own capture) sees its graph, or what its recorded() gives, in which a recording is a text and its constants
+are arguments; the plain call's are held in C++. The format stands in csrc/torch/recording.h.
 
 A recording also tells what each op moves for an image, and whether it works image by image, from which a replay plans which ops take
 the whole batch at once and which a few images at a time (csrc/torch/stretches.h).
@@ -13,6 +14,7 @@ from __future__ import annotations
 import operator
 import string
 import struct
+import weakref
 from itertools import chain
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ._ops import ops
 
-_NOT_RECORDED = ("run", "pack_weight")
+_NOT_RECORDED = ("run", "run_held", "hold", "release", "pack_weight")
 _WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
 _flatten = torch.ops.aten.flatten.using_ints  # the one op of torch that is recorded
 _TRAFFIC = 5  # numbers for each op, before the ops
@@ -34,10 +36,19 @@ class _Refused(Exception):
     """A node that has no form in a recording."""
 
 
-def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int = 2) -> fx.GraphModule | None:
+class _Held:
+    """A recording and its constants, held for torch.ops.probquant.run_held until this object goes."""
+
+    def __init__(self, constants: list[torch.Tensor], recording: str):
+        self.number = ops.hold.default(constants, recording)
+        weakref.finalize(self, ops.release.default, self.number)
+
+
+def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int = 2, hold: bool = False) -> fx.GraphModule | None:
     """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win, as
     off the CPU. inputs: what the graph is called with, whose sizes tell how to split batches; without them no batch is split. least: ops
-    that are worth a recording."""
+    that are worth a recording. hold: its recordings are held with their constants (run_held), which saves most of what a call costs beside its ops;
+    the graph can be neither traced nor copied then."""
     if not all(tensor.is_cpu for tensor in chain(graph_module.parameters(), graph_module.buffers())):
         return None
     levels = _levels(graph_module.graph)
@@ -50,6 +61,7 @@ def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int
         return None
     sizes = {} if inputs is None else _image_bytes(graph_module, inputs)
     root: dict[str, object] = {}
+    held: list[_Held] | None = [] if hold else None
     graph, copies = fx.Graph(), {}
     graph.set_codegen(graph_module.graph._codegen)
     inside = {node for nodes in recorded.values() for node in nodes}
@@ -60,8 +72,10 @@ def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int
                 if node.op == "get_attr":
                     root[node.target] = operator.attrgetter(node.target)(graph_module)
         if level in recorded:
-            _add_run(graph, copies, root, graph_module, recorded[level], sizes, f"recording_{level}")
-    return fx.GraphModule(root, graph)
+            _add_run(graph, copies, root, graph_module, recorded[level], sizes, f"recording_{level}", held)
+    result = fx.GraphModule(root, graph)
+    result.held = held
+    return result
 
 
 def _is_op(node: fx.Node) -> bool:
@@ -113,8 +127,10 @@ def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, i
     return found
 
 
-def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, name: str) -> None:
-    """Appends a call that runs `nodes`, and what others read of its results, to the graph."""
+def _add_run(
+    graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, name: str, held: list[_Held] | None
+) -> None:
+    """Appends a call that runs `nodes`, and what others read of its results, to the graph; what it holds to `held`."""
     mine = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in mine))
     constants = [source for source in inputs if source.op == "get_attr"]
@@ -155,9 +171,13 @@ def _add_run(graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphMo
         head += [len(op), *op.encode()]
     head += [len(results), *results]
     head += [sum(sizes.get(source, 0) for source in inputs), len(operations)]
-    root[f"{name}_constants"] = [operator.attrgetter(node.target)(graph_module).detach() for node in constants]
-    held = graph.get_attr(f"{name}_constants")
-    call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], held, _write(head + traffic + body)))
+    tensors, recording = [operator.attrgetter(node.target)(graph_module).detach() for node in constants], _write(head + traffic + body)
+    if held is not None and inputs:  # which tell where to run
+        held.append(_Held(tensors, recording))
+        call = graph.call_function(ops.run_held.default, ([copies[source] for source in inputs], held[-1].number))
+    else:
+        root[f"{name}_constants"] = tensors
+        call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], graph.get_attr(f"{name}_constants"), recording))
     for i, number in enumerate(results):
         value = graph.call_function(operator.getitem, (call, i))
         copies.update({node: value for node in nodes if numbers.get(node) == number})

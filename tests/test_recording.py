@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import random
 import threading
 
@@ -188,6 +189,29 @@ def test_the_recording_follows_the_model():
     assert equal(first(*x), -before)
 
 
+def test_a_held_recording_goes_with_its_model():
+    def held():
+        gc.collect()
+        return ops.release(ops.hold([], ""))
+
+    x, before = models.images("resnet", 2)[0], held()
+    qmodel = copy.deepcopy(quantized("resnet", surrogate="gaussian"))
+    wanted = qmodel(x)
+    assert held() == before + 1
+    for _ in range(2):  # another predictor, and the call after
+        unit = next(unit for unit in qmodel.int8_layers.children() if hasattr(unit, "predictor"))
+        unit.predictor = unit.predictor.clone()
+        assert torch.equal(qmodel(x), wanted) and held() == before + 1
+    kept = qmodel._recorded[0]
+    del qmodel, unit
+    assert held() == before + 1 and torch.equal(kept(x), wanted)  # with the constants of a model that is gone
+    del kept
+    assert held() == before
+    for call in (lambda: ops.run_held([x], 0), lambda: ops.release(-1)):
+        with pytest.raises(RuntimeError, match="is no recording that is held"):
+            call()
+
+
 def test_tracers_see_the_ops():
     qmodel, x = quantized("mobilenet", surrogate="gaussian"), models.images("mobilenet", 2)
     qmodel(*x)
@@ -249,7 +273,7 @@ def test_an_empty_batch_records_nothing():
     assert qmodel(*(part[:0] for part in x)).shape[0] == 0
     assert qmodel._recorded[0] is None
     qmodel(*x)
-    assert runs_of(qmodel._recorded[0])
+    assert qmodel._recorded[0].held
 
 
 def test_threads_share_a_model():

@@ -113,14 +113,34 @@ struct Recordable {
   }
 };
 
-std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const std::string& recording) {
+const std::unordered_map<std::string, RecordedOp>& recordable() {
   static const Recordable ops = [] {
     Recordable all;
     for_each_op(all);
     all.op<&flatten>("flatten");
     return all;
   }();
-  return replay(ops.by_name, inputs, constants, recording);
+  return ops.by_name;
+}
+
+std::vector<Tensor> run(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const std::string& recording) {
+  return replay(recordable(), inputs, constants, read_numbers(recording));
+}
+
+HeldRecordings& held_recordings() {
+  static auto& recordings = *new HeldRecordings;  // to the end of the process: torch may be gone before
+  return recordings;
+}
+
+int64_t hold(std::vector<Tensor> constants, const std::string& recording) {
+  return held_recordings().add({std::move(constants), read_numbers(recording)});
+}
+
+int64_t release(int64_t held) { return held_recordings().release(held); }
+
+std::vector<Tensor> run_held(const std::vector<Tensor>& inputs, int64_t held) {
+  const std::shared_ptr<const HeldRecording> recording = held_recordings().find(held);
+  return replay(recordable(), inputs, recording->constants, recording->numbers);
 }
 
 struct Implement {
@@ -138,6 +158,10 @@ const stable::RegisterAtLoad register_at_load{[] {
   const auto cpu = stable::Library::kernels("probquant", "CPU");
   for_each_op(Implement{cpu});
   cpu.implement<&run>("run");
+  cpu.implement<&run_held>("run_held");
+  const auto any = stable::Library::kernels("probquant", "CompositeExplicitAutograd");  // of no tensor, or where it lies does not matter
+  any.implement<&hold>("hold");
+  any.implement<&release>("release");
 }};
 
 }  // namespace

@@ -16,6 +16,8 @@
 //   int, bool itself                    float     the bits of a double        float?            0, or 1 and the float
 // Anything else is an error, as is a number that names nothing: a damaged recording cannot do harm.
 //
+// Whoever replays one often holds it with its constants first (HeldRecordings): a plain call of a QuantizedModel passes its inputs alone.
+//
 // Images are what the first dimension of every input counts. A stretch of ops whose activations outgrow L2 together runs group of images by group of
 // images: no result of an image depends on the others. What lives on behind the stretch is then put together.
 #pragma once
@@ -395,9 +397,44 @@ inline Tensor flatten(const Tensor& x, int64_t start_dim, int64_t end_dim) {
 }
 
 inline std::vector<Tensor> replay(const std::unordered_map<std::string, RecordedOp>& ops, const std::vector<Tensor>& inputs,
-                                  const std::vector<Tensor>& constants, const std::string& recording) {
+                                  const std::vector<Tensor>& constants, const std::vector<int64_t>& recording) {
   require(!inputs.empty() || !constants.empty(), "run: inputs and constants are empty, want a tensor");
-  return Replay(inputs, constants, read_numbers(recording)).run(ops);
+  return Replay(inputs, constants, recording).run(ops);
 }
+
+/// A recording and its constants, which then come with no call: a network's hundred tensors cost more on their way from Python than its checks.
+struct HeldRecording {
+  std::vector<Tensor> constants;
+  std::vector<int64_t> numbers;
+};
+
+/// Held recordings, by the number that stands for each until it is released; calls that run it then go to their end.
+class HeldRecordings {
+ public:
+  int64_t add(HeldRecording&& recording) {
+    auto shared = std::make_shared<const HeldRecording>(std::move(recording));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    by_number_.emplace(++last_, std::move(shared));
+    return last_;
+  }
+  std::shared_ptr<const HeldRecording> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = by_number_.find(number);
+    require(found != by_number_.end(), "run_held: held ", number, " is no recording that is held");
+    return found->second;
+  }
+  /// How many are left.
+  int64_t release(int64_t number) {
+    const std::shared_ptr<const HeldRecording> last = find(number);  // goes without the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    by_number_.erase(number);
+    return static_cast<int64_t>(by_number_.size());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const HeldRecording>> by_number_;
+  int64_t last_ = 0;
+};
 
 }  // namespace probquant::ops

@@ -8,7 +8,8 @@
 // Strategy, activation: the integers of types.h. Bounds of None are infinite. padding is [height, width] or
 // [top, bottom, left, right]. With strategy 0 (none) a layer or a
 // layer_norm returns its float32 output and three empty tensors.
-// run replays a recording of the others (recording.h).
+// run replays a recording of the others (recording.h). hold keeps one with its constants, under a number that run_held takes until release does; it
+// gives how many are left.
 #pragma once
 
 #define PROBQUANT_X "Tensor x, Tensor x_scale, Tensor x_zero_point"
@@ -48,6 +49,9 @@ inline constexpr const char* kSchemas[] = {
     "attention(Tensor query, Tensor query_scale, Tensor query_zero_point, Tensor key, Tensor key_scale, Tensor key_zero_point, "
     "Tensor value, Tensor value_scale, Tensor value_zero_point, int heads, float scale, " PROBQUANT_RANGE,
     "run(Tensor[] inputs, Tensor[] constants, str recording) -> Tensor[]",
+    "hold(Tensor[] constants, str recording) -> int",
+    "run_held(Tensor[] inputs, int held) -> Tensor[]",
+    "release(int held) -> int",
 };
 
 }  // namespace probquant
