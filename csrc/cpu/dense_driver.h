@@ -74,7 +74,7 @@ struct Tile {
   Box box;          ///< the taps that some row needs
   const uint8_t* x[kTileRows];  ///< where tap (0, 0) is, or would be
   int64_t row[kTileRows], sample[kTileRows];
-  int64_t iy[kTileRows], ix[kTileRows];  ///< position of tap (0, 0); set when the layer has padding or a table may be needed
+  int64_t iy[kTileRows], ix[kTileRows];  ///< position of tap (0, 0); set where a table may be needed
 };
 
 /// Neighbouring blocks, of one group unless the kernel spans groups.
@@ -113,6 +113,7 @@ class DenseDriver {
         tap_x(s.dilation_width * s.in_channels),
         joined(layout.segment_taps > 1),
         contiguous(s.dilation_width == 1 && (joined || (layout.groups == 1 && layout.inputs % 4 == 0))),
+        places_rows((joined ? layout.inputs * s.kernel_width : layout.inputs) % 4 != 0 || (joined && !contiguous)),
         full{0, s.kernel_height, 0, s.kernel_width} {
     for (int32_t& z : zero_run_value) z = -1;
     interior_y0 = min_i(ceil_div(s.padding_top, s.stride_height), p.out_height);
@@ -397,6 +398,8 @@ class DenseDriver {
       tile.x[first + i] = x + i * step;
       tile.row[first + i] = row + i;
       tile.sample[first + i] = sample;
+    }
+    for (int64_t i = 0; places_rows && i < count; ++i) {
       tile.iy[first + i] = iy;
       tile.ix[first + i] = ix + i * s.stride_width;
     }
@@ -560,6 +563,7 @@ class DenseDriver {
   const int64_t tap_y, tap_x;    // bytes between taps
   const bool joined;             // packed segments are kernel rows
   const bool contiguous;         // the bytes of neighbouring taps follow each other, and so do their weights
+  const bool places_rows;        // tiles inside of the image may need a table, too
   const Box full;
   int64_t part_rows = 0;         // of a part, at most; 0: tiles have no parts
   int64_t interior_y0, interior_y1, interior_x0, interior_x1;  // output positions whose taps all lie inside
