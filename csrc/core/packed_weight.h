@@ -80,10 +80,8 @@ struct PackedLayout {
   int64_t block_offset(int64_t o) const {
     return ((o / group_channels) * group_blocks + (o % group_channels) / kBlockChannels) * block_bytes;
   }
-  /// Whether a few whole blocks make up a group, whose inputs are whole steps: kernels may take neighbouring groups together.
-  bool narrow_groups() const {
-    return !depthwise && groups * joined_groups > 1 && group_channels % kBlockChannels == 0 && group_blocks <= 2 && inputs % 4 == 0;
-  }
+  /// Whether whole blocks make up a group, whose inputs are whole steps: kernels may take neighbouring groups together.
+  bool whole_groups() const { return !depthwise && groups * joined_groups > 1 && group_channels % kBlockChannels == 0 && inputs % 4 == 0; }
   /// Lane of channel o in its block.
   int64_t lane(int64_t o) const { return (o % group_channels) % kBlockChannels; }
   /// The first of channel o's own inputs, among those of its group.

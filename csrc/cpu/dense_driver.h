@@ -147,14 +147,21 @@ class DenseDriver {
     return part_rows;
   }
 
-  /// Where Kernel::kSpansGroups, all groups, whose blocks are full, are walked as one: tiles lie at the first's inputs, and the kernel adds its blocks'.
+  /// Whether the rows of every part lie at the same distance from each other, and x has as many of them as the longest part takes.
+  bool parts_are_lines(const LayerRange& range) const {
+    const int64_t line = line_length(p.out_width, p.out_height);
+    if (s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0 || line < kShortLine) return false;
+    return range.row_begin % line == 0 || range.row_begin + part_rows <= s.batch * p.rows_per_sample;  // or the first part is a piece of x's last
+  }
+
+  /// Where kernel.spans_groups, all groups, whose blocks are full, are walked as one: tiles lie at the first's inputs, and the kernel adds its blocks'.
   /// Calls kernel.run(tile, panel) over the range, kernel.start_weights(first block, blocks, rows, whether for the last time) before
   /// the tiles that meet those weights, and kernel.end_chunk() where no more than kChunkSamples samples were met.
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     if (range.row_begin >= range.row_end || range.channel_begin >= range.channel_end) return;
     const int64_t first_block = block_of(layout, range.channel_begin), last_block = block_of(layout, range.channel_end - 1);
-    const int64_t together = Kernel::kSpansGroups ? layout.groups : 1;
+    const int64_t together = kernel.spans_groups ? layout.groups : 1;
     group_blocks = together * layout.group_blocks;
     group_channels = together * layout.group_channels;
     for (group = first_block / group_blocks; group <= last_block / group_blocks; ++group) {

@@ -51,7 +51,8 @@ struct CopyLayout {
     if (s.stride_height == 1) joined.use(Kind::kernel_rows, p.out_width * s.kernel_width, kPatchesBytes);
     else joined.use(Kind::patches, p.out_width * s.kernel_width * s.kernel_height, kPatchesBytes);
     const int64_t tiles = (p.out_height * ceil_div(p.out_width, part) - ceil_div(p.rows_per_sample, part)) / 2;  // that it saves
-    if (tiles * p.layout.trailer_offset() < kPatchesPay * joined.line * joined.lines(p.out_height)) return;
+    const bool gathered = p.layout.whole_groups() && p.out_width < kShortLine;  // rows of short lines, which groups would not share
+    if (tiles * p.layout.trailer_offset() < kPatchesPay * joined.line * joined.lines(p.out_height) && !gathered) return;
     kind = joined.kind, line = joined.line, step = joined.step, overlap = joined.overlap, most = joined.most;
   }
 

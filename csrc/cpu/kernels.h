@@ -140,7 +140,7 @@ struct Kernels {
   LayerKernels dense;      ///< linear layers and convolutions, any groups
   LayerKernels depthwise;  ///< PackedLayout::depthwise
   LayerKernels grouped;    ///< narrow groups, where it is faster than dense
-  int64_t grouped_inputs;  ///< of a group of PackedLayout::narrow_groups(), up to which it is
+  int64_t grouped_inputs;  ///< of an output of PackedLayout::whole_groups() with at most 2 blocks, up to which it is
   int64_t macs_per_clock;  ///< of dense layers, about: whether sums are held or computed twice
   /// Adds the patch sums of one sample's fields, sampled at every gamma-th position in each direction, to
   /// sums[group] (per_group) or sums[0].
@@ -184,7 +184,8 @@ struct Kernels {
   void (*attention)(const AttentionProblem&, int64_t image, int64_t begin, int64_t end, const AttentionScratch&, float* y);
 
   const LayerKernels& layer(const PackedLayout& layout) const {
-    return layout.depthwise ? depthwise : layout.narrow_groups() && layout.inputs <= grouped_inputs ? grouped : dense;
+    const bool narrow = layout.whole_groups() && layout.group_blocks <= 2 && layout.inputs <= 2 * kBlockChannels;
+    return layout.depthwise ? depthwise : narrow && layout.own_inputs <= grouped_inputs ? grouped : dense;
   }
 };
 

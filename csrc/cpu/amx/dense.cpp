@@ -9,6 +9,8 @@
 // their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
 // padding works on copies of its input that have it (input_copies.h), which costs less than to gather its borders' rows; where lines of 7 positions
 // would fill 7 rows of a part, on copies whose positions follow each other.
+// Groups of whole blocks are walked as one: the two blocks of a step may belong to different groups, and then take 2 loads more of x, of few bytes
+// per row. 9 taps of 16 inputs are 36 TDPBUSD for 32 rows x 32 channels, 576 clocks, beside an epilogue of 250; vectors take 1280.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
 // L3 gives a core 29 GB/s, so that weights which come when they are read take as long as the products of 100 rows: those of the next panels, and
 // the next layer's where the caller knows it, come to L2 meanwhile (Stream).
@@ -200,15 +202,17 @@ constexpr CopyPieces kCopies[kMostPieces + 1] = {nullptr,        copy_pieces<1>,
 
 class AmxKernel : public DenseEpilogue {
  public:
-  static constexpr bool kPrefetches = true, kSpansGroups = false;
+  static constexpr bool kPrefetches = true;
   static constexpr int64_t kInputInCache = 640 << 10;
   static constexpr int64_t weights_in_cache = 1 << 20;    ///< up to which tiles are outside of panels: half of L2
   static constexpr int64_t weights_together = 384 << 10;  ///< bytes of panels that a tile meets one after the other, beyond that
+  const bool spans_groups;  ///< where no tile needs gathered rows, which blocks of several groups would not share
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kTileBlocks)); }
 
   AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part, const LayerRange& range)
       : DenseEpilogue(owner.p, kind, kind == Output::floats ? nullptr : held_of(owner.p, range)),
+        spans_groups(owner.p.layout.whole_groups() && owner.p.layout.segment_steps % steps_of_tile(owner.p.layout.segment_steps) == 0 && owner.parts_are_lines(range)),
         held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
@@ -254,7 +258,7 @@ class AmxKernel : public DenseEpilogue {
       segments.accumulate(tile, panel, [&](const TileInput& in, bool last) {
         segments_complete = last && !in.partial;
         if (!in.partial) find_start(in, tile, constants);
-        multiply(in, tile);
+        multiply(in, tile, panel);
       });
       if (start.now) begin_without_products();
       finish_pending();
@@ -353,17 +357,15 @@ class AmxKernel : public DenseEpilogue {
     if (beyond) __builtin_memcpy(to, detour, static_cast<size_t>(tile.rows * width) * sizeof(int32_t));
   }
 
-  void multiply(const TileInput& in, const Tile& tile) {
+  void multiply(const TileInput& in, const Tile& tile, const Panel& panel) {
     if (kept > 0) {  // the rows that the panel before met
-      multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, kept);
-      return;
+      return multiply_run(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in, gathered_offset, kept);
     }
     const bool direct = strided && in.row_step == 0 && !joined;
-    if (direct && regular(in)) {
-      const Segment& segment = in.segments[0];
-      const int64_t apart = in.segment_count > 1 ? in.segments[1].x_offset - segment.x_offset : 0;
-      return multiply_steps(in.rows[0] + segment.x_offset, in.rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset,
-                            in.block_bytes, segment.steps / tile_steps, in.segment_count, apart);
+    if (direct && of_whole_tiles(in)) {
+      const int64_t x = group_offset(panel, 0);
+      return multiply_steps({in.rows[0] + x, in.rows[second_row] + x, stride[0], stride[1], group_offset(panel, panel.blocks - 1) - x, in.weights, in.block_bytes,
+                             in.segments, in.segment_count, in.segments[0].steps / tile_steps});
     }
     bool all_gathered = true;
     for (int i = 0; i < in.segment_count; ++i) {
@@ -372,8 +374,7 @@ class AmxKernel : public DenseEpilogue {
       const int64_t whole = direct ? segment.steps / tile_steps : 0, done = whole * tile_steps;
       if (whole > 0) {
         multiply_gathered(in, tile);
-        multiply_steps(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], in.weights + segment.weight_offset, in.block_bytes,
-                       whole);
+        multiply_run(rows[0] + segment.x_offset, rows[second_row] + segment.x_offset, stride[0], stride[1], in, segment.weight_offset, whole);
         all_gathered = false;
       }
       if (done < segment.steps)
@@ -383,15 +384,16 @@ class AmxKernel : public DenseEpilogue {
     if (all_gathered && segments_complete) kept = tiles;
   }
 
-  /// Whether segments are whole tiles, equally far apart in x, and their weights follow each other, as those of all of a kernel's rows do.
-  bool regular(const TileInput& in) const {
-    const Segment* const s = in.segments;
-    if (in.segment_count == 0 || s[0].steps % tile_steps != 0) return false;
-    int64_t differences = 0;
-    for (int i = 1; i < in.segment_count; ++i)
-      differences |= (s[i].steps - s[0].steps) | (s[i].weight_offset - s[i - 1].weight_offset - s[0].steps * kStreamBytes) |
-                     (s[i].x_offset - s[i - 1].x_offset - s[1].x_offset + s[0].x_offset);
+  /// Whether segments are whole tiles, as many each.
+  bool of_whole_tiles(const TileInput& in) const {
+    int64_t differences = in.segment_count > 0 ? in.segments[0].steps % tile_steps : 1;
+    for (int i = 1; i < in.segment_count; ++i) differences |= in.segments[i].steps - in.segments[0].steps;
     return differences == 0;
+  }
+
+  /// Where the inputs of a block begin, from a row's pointer on.
+  int64_t group_offset(const Panel& panel, int64_t block) const {
+    return spans_groups ? ((panel.block - p.packed_weight) / p.layout.block_bytes + block) / p.layout.group_blocks * p.layout.inputs : 0;
   }
 
   /// Notes what rows have for `steps` steps of the stream, and multiplies before that what does not fit beside it. Whether all fits.
@@ -422,47 +424,62 @@ class AmxKernel : public DenseEpilogue {
     for (int64_t i = 0; i < vectors; ++i) kCopies[vector_pieces[i]](pieces[i], tile.rows, gathered_rows[0] + 64 * i);
     if (64 * vectors < 4 * tiles * tile_steps)
       for (int i = 0; i < tile.rows; ++i) _mm512_store_si512(gathered_rows[i] + 64 * vectors, _mm512_setzero_si512());
-    multiply_steps(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in.weights + gathered_offset, in.block_bytes, tiles);
+    multiply_run(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in, gathered_offset, tiles);
     gathered = 0;
     return tiles;
   }
 
-  /// `tiles` of x that follow each other, and `runs` of these, `apart` from one to the next.
-  void multiply_steps(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const uint8_t* weights, int64_t block_bytes, int64_t tiles,
-                      int64_t runs = 1, int64_t apart = 0) {
+  /// Products of a tile: segments of `tiles` tiles each.
+  struct Products {
+    const uint8_t *x, *x_second;  ///< of the two parts' first rows
+    int64_t x_stride, x_second_stride;
+    int64_t x_between;  ///< from what the first block reads to what the second one does: not 0 if their groups differ
+    const uint8_t* weights;
+    int64_t block_bytes;
+    const Segment* segments;
+    int64_t count, tiles;
+  };
+
+  void multiply_steps(const Products& of) {
     if (start.now && (unsaved.parts != parts || unsaved.blocks != blocks)) save_sums();
     const Along along = pending.left < 4 ? Along::none : pending.along;
     if (along == Along::none) finish_pending();
-    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])({x, x_second, x_stride, x_second_stride, weights, weights + block_bytes, tiles, runs, apart});
+    (this->*kSteps[parts - 1][blocks - 1][static_cast<int>(along)])(of);
   }
-
-  struct Products {
-    const uint8_t *x, *x_second;
-    int64_t x_stride, x_second_stride;
-    const uint8_t *weights, *weights_second;
-    int64_t tiles, runs, apart;
-  };
+  /// `tiles` that follow each other, in x from the rows on.
+  void multiply_run(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const TileInput& in, int64_t weight_offset, int64_t tiles) {
+    const Segment one{0, weight_offset, tiles * tile_steps};
+    multiply_steps({x, x_second, x_stride, x_second_stride, 0, in.weights, in.block_bytes, &one, 1, tiles});
+  }
 
   /// Every product of a tile takes 16 clocks; the processor sees 512 instructions ahead, and the epilogue of 32 rows has more: so some of it
   /// stands behind each product. 4 rows per step take no time of their own, more do: it is spread over all steps of a tile.
   template <int kParts, int kBlocks, Along kAlong>
   __attribute__((noinline)) void steps(const Products& of) {
-    const int64_t x_step = 4 * tile_steps, weights_step = tile_steps * kStreamBytes, jump = of.apart - of.tiles * x_step;
-    const uint8_t *x = of.x, *x_second = of.x_second, *weights = of.weights, *weights_second = of.weights_second;
+    const int64_t x_step = 4 * tile_steps, weights_step = tile_steps * kStreamBytes, x_between = of.x_between;
+    const Segment* segment = of.segments;
+    const uint8_t *x, *x_second, *weights, *weights_second;
+    const auto enter = [&]() __attribute__((always_inline)) {
+      x = of.x + segment->x_offset, x_second = of.x_second + segment->x_offset;
+      weights = of.weights + segment->weight_offset, weights_second = weights + of.block_bytes;
+    };
+    enter();
     PendingRows<kAlong> rows(pending);
     const auto some_rows = [&](int fours) __attribute__((always_inline)) {
 #pragma GCC unroll 1
       for (int i = 0; i < fours; ++i) rows.four();
     };
-    int64_t in_run = of.tiles;
+    int64_t left = of.tiles * of.count, in_segment = of.tiles;
     const auto advance = [&]() __attribute__((always_inline)) {
-      const int64_t by = --in_run > 0 ? x_step : x_step + jump;
-      if (in_run == 0) in_run = of.tiles;
-      x += by, x_second += by, weights += weights_step, weights_second += weights_step;
+      x += x_step, x_second += x_step, weights += weights_step, weights_second += weights_step;
+      if (--in_segment == 0 && left > 0) {
+        ++segment;
+        enter();
+        in_segment = of.tiles;
+      }
       ahead.step();
       upcoming.step();
     };
-    int64_t left = of.tiles * of.runs;
     if (start.now) {
       load_tile<4>(x, of.x_stride);
       load_tile<6>(weights, kStreamBytes);
@@ -470,6 +487,7 @@ class AmxKernel : public DenseEpilogue {
       multiply_tiles<0, 4, 6>();
       if (kBlocks > 1) {
         load_tile<7>(weights_second, kStreamBytes);
+        if (x_between != 0) load_tile<4>(x + x_between, of.x_stride);
         begin<1>();
         multiply_tiles<1, 4, 7>();
       }
@@ -479,6 +497,7 @@ class AmxKernel : public DenseEpilogue {
         multiply_tiles<2, 5, 6>();
       }
       if (kParts > 1 && kBlocks > 1) {
+        if (x_between != 0) load_tile<5>(x_second + x_between, of.x_second_stride);
         begin<3>();
         multiply_tiles<3, 5, 7>();
       }
@@ -490,12 +509,14 @@ class AmxKernel : public DenseEpilogue {
       some_rows(rows_along);
     }
     const int later = (rows_along + 1) / 2, early = rows_along / 2;
-    for (; left > 0; --left) {
+    while (left > 0) {
+      --left;
       load_tile<4>(x, of.x_stride);
       load_tile<6>(weights, kStreamBytes);
       multiply_tiles<0, 4, 6>();
       if (kBlocks > 1) {
         load_tile<7>(weights_second, kStreamBytes);
+        if (x_between != 0) load_tile<4>(x + x_between, of.x_stride);
         multiply_tiles<1, 4, 7>();
       }
       some_rows(early);
@@ -503,7 +524,10 @@ class AmxKernel : public DenseEpilogue {
         load_tile<5>(x_second, of.x_second_stride);
         multiply_tiles<2, 5, 6>();
       }
-      if (kParts > 1 && kBlocks > 1) multiply_tiles<3, 5, 7>();
+      if (kParts > 1 && kBlocks > 1) {
+        if (x_between != 0) load_tile<5>(x_second + x_between, of.x_second_stride);
+        multiply_tiles<3, 5, 7>();
+      }
       advance();
       some_rows(later);
       if (++since_store == kStepsWithoutStore) {  // measured: the first store of a tile in some 2000 clocks takes 1000 longer, so there is none
@@ -650,7 +674,7 @@ void find_range(const LayerProblem& p, const LayerRange& range) { run(p, range, 
 
 void install_dense_amx(Kernels& table) {
   table.dense = {quantized, to_float, find_range};
-  table.grouped_inputs = min_i(table.grouped_inputs, 16);  // beyond, products of tiles take less than those of vectors
+  table.grouped_inputs = 0;  // tiles take less than vectors, the zeros between joined groups included
   table.macs_per_clock = 1024;
 }
 

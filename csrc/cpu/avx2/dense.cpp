@@ -329,7 +329,7 @@ struct PanelConstants {
 class DenseKernel {
  public:
   static constexpr bool kPrefetches = false;    ///< the next panel's weights, by itself
-  static constexpr bool kSpansGroups = false;
+  static constexpr bool spans_groups = false;
   static constexpr int64_t weights_together = 0;  ///< bytes of panels that a tile meets one after the other
   static constexpr int64_t weights_in_cache = 96 << 10;  ///< of packed ones; signs and magnitudes come to that
   static constexpr int64_t kInputInCache = 256 << 10;

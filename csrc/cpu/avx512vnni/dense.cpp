@@ -179,7 +179,7 @@ class VectorKernel : public DenseEpilogue {
 /// Chooses the register tiles.
 class DenseKernel : public VectorKernel {
  public:
-  static constexpr bool kPrefetches = true, kSpansGroups = false;
+  static constexpr bool kPrefetches = true, spans_groups = false;
   static bool on_copies(const Conv2dShape&) { return false; }
   static int panel_blocks(int64_t left) { return left >= 4 && left != 5 ? 4 : left >= 3 ? 3 : static_cast<int>(left); }
 
@@ -262,7 +262,7 @@ class DenseKernel : public VectorKernel {
 /// Layers of narrow groups: grouped.h has the register tiles.
 class GroupedKernel : public VectorKernel {
  public:
-  static constexpr bool kPrefetches = false, kSpansGroups = true;
+  static constexpr bool kPrefetches = false, spans_groups = true;
   /// Of small inputs much is border. A stride leaves more to copy for as many rows.
   static bool on_copies(const Conv2dShape& s) { return s.stride_height * s.stride_width == 1 && s.in_height * s.in_width * s.in_channels <= kPaddedBytes; }
   static int panel_blocks(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }

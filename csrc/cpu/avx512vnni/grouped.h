@@ -1,4 +1,4 @@
-// Register tiles of convolutions with narrow groups (PackedLayout::narrow_groups()), AVX-512 VNNI. Included by dense.cpp. Internal linkage.
+// Register tiles of convolutions with narrow groups, AVX-512 VNNI. Included by dense.cpp. Internal linkage.
 //
 // A block of 16 outputs reads `inputs` bytes of its own, so that blocks of different groups share no activations: a product needs a load of them,
 // and two of each start per clock. The tile is 8 rows, whose pointers stay in registers, x 2 sums: 16 chains of products, where 10 fill both units
