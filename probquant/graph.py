@@ -85,8 +85,9 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     """Functional ATen graph of `model` in eval mode with a dynamic batch, simplified (folding.py), attentions in the one form of
     transformer.py.
 
-    The model is left as it is; weights of the result are copies where folding changed them. Raises RuntimeError when
-    torch.export cannot capture the model.
+    The model is left as it is; weights of the result are copies where folding changed them. A model that writes into its inputs
+    (x.sub_(mean)) computes the same here, but the graph leaves its caller's tensors alone: calibration runs it on them again and again.
+    Raises RuntimeError when torch.export cannot capture the model.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -100,6 +101,9 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
             module.training = training
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and not node.users:  # torch.export's guards on input shapes: every batch size is welcome
+            graph_module.graph.erase_node(node)
+        elif node.target is aten.copy_.default and node.args[0].op == "placeholder":  # behind all reads of the input
+            node.replace_all_uses_with(node.args[1])
             graph_module.graph.erase_node(node)
     fold(graph_module)
     transformer.rewrite_attention(graph_module, example)

@@ -159,6 +159,29 @@ def test_float_model_is_left_untouched(name):
     same(run(qmodel, probe(name)), run(pq.quantize(model.eval(), [models.images(name, 8)], progress=False), probe(name)), "quantized in train mode")
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_inputs_are_left_untouched(strategy):
+    """Even where the float model normalizes them in place: calibration goes through them more than once, and backwards."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x.sub_(0.45).div_(0.22)
+            return x, self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    model, x = InPlace().eval(), torch.rand(8, 3, 12, 12)
+    kept, wanted = x.clone(), run(model, (x.clone(),))
+    qmodel = pq.quantize(model, [x], strategy=strategy, progress=False)
+    close(run(qmodel, (x,)), wanted)
+    assert torch.equal(x, kept)
+    pq.capture(model, x)
+    assert torch.equal(x, kept)
+
+
 def test_int8_model_does_not_follow_the_float_model():
     model = models.build("vit")
     qmodel = pq.quantize(model, [models.images("vit", 8)], progress=False)
