@@ -3,9 +3,12 @@
 A per-tensor scale wastes codes on channels whose values are small. With a profile every channel fills its codes, at no cost
 at run time: the layer that writes the tensor divides by r behind its activation, in the factor it multiplies with anyway
 (pack_weight's output_profile), and the layer that reads it has r folded into its weights. That moves difficulty into those
-weights, as in SmoothQuant (arXiv 2211.10438): the power of r is chosen by the noise at the network's output (influence.py), with the
-weights' rounding error counted in, on images that r was not taken from, since few images over-fit. Shifted copies of the images count in both:
-noise, for one, reaches other channels than what it lies on.
+weights, as in SmoothQuant (arXiv 2211.10438). And a channel that reaches its ceiling in few images wastes codes in all others, which matters
+where noise in it is worth much at the network's output (influence.py). For a step of (sum_c (m_c / r_c)^k)^(1/k), m_c being the channels' ceilings
+and g_c what noise is worth in them, the least noise, step^2 sum_c g_c r_c^2, is at r_c = m_c^(k / (k + 2)) g_c^(-1 / (k + 2)). So r_c = m_c^a / g_c^b,
+and both powers are chosen by the noise at the output, with the weights' rounding error counted in, on images that r was not taken from, since few
+images over-fit: a factor of its own for every channel, fitted to the same, does worse. Shifted copies of the images count in all of this: noise,
+for one, reaches other channels than what it lies on.
 
 Tensors that are added or pass on share one profile (a variable, here); a concatenation has those of its inputs, one behind the
 other. Tensors that concatenations join have their power chosen together: a component.
@@ -22,7 +25,7 @@ from ._ops import Activation
 from .graph import PASSES_THROUGH, Unit, reads_codes, shape_of
 from .influence import Look, channel_axis
 
-_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_POWERS = [(a, b) for a in (0.0, 0.25, 0.5, 0.75, 1.0) for b in (0.0, 0.0625, 0.125)]
 _QUANTILE = 0.95  # of a channel's largest value over the images: one odd image must not set it
 _FLOOR = 1.0 / 64  # least factor of a channel, relative to the largest: dead channels stay harmless
 _FOLDS = 4  # of the images, each scored with profiles of the others
@@ -209,6 +212,26 @@ def _ceilings(component: Component, look: Look, samples: torch.Tensor) -> dict[i
     return {v: (part / max(highest, 1e-30)).clamp(min=_FLOOR) for v, part in result.items()}
 
 
+def _worths(component: Component, look: Look, samples: torch.Tensor, usual: torch.Tensor) -> dict[int, torch.Tensor]:
+    """What noise of a share of each sample's largest value is worth in each variable's channels at the network's output: mean of the samples, each
+    over its usual noise, relative to the mean channel. usual [weighed samples]: noise without profiles."""
+    result: dict[int, torch.Tensor] = {}
+    mine = samples[look.weighed]
+    for node in component.rounded:
+        seen = look.seen[node]
+        largest = torch.maximum(seen.largest, -seen.least)[samples & look.weighed].amax(1, keepdim=True)
+        worth = (seen.gain[samples & look.weighed] * largest.square() / usual[mine, None]).mean(0)
+        segments = component.tensors[node]
+        for part, (v, positions) in zip(worth.split([_width(component, v) * p for v, p in segments]), segments, strict=True):
+            result[v] = result.get(v, 0.0) + part.reshape(-1, positions).sum(1)
+    mean = sum(float(part.sum()) for part in result.values()) / sum(len(part) for part in result.values())
+    return {v: (part / max(mean, 1e-30)).clamp(min=_FLOOR) for v, part in result.items()}
+
+
+def _factors(ceilings: dict[int, torch.Tensor], worths: dict[int, torch.Tensor], powers: tuple[float, float]) -> dict[int, torch.Tensor]:
+    return {v: part ** powers[0] / worths[v] ** powers[1] for v, part in ceilings.items()}
+
+
 def _width(component: Component, variable: int) -> int:
     return next(_channels(unit) for unit, v in component.producers if v == variable)
 
@@ -217,23 +240,29 @@ def _channels(unit: Unit) -> int:
     return unit.weight.shape[0] if unit.is_layer else shape_of(unit.output)[-1]
 
 
-def choose_powers(components: list[Component], look: Look) -> list[float]:
-    """For every component the power of its ceilings that leaves the network's output the least noise, on samples that the ceilings were not
+def _usual(components: list[Component], look: Look) -> torch.Tensor:
+    """[weighed samples]: noise at the network's output without profiles."""
+    none = [{v: torch.ones(_width(component, v), dtype=torch.float64) for _, v in component.producers} for component in components]
+    total = torch.zeros(int(look.weighed.sum()), dtype=torch.float64)
+    return sum((_noise(component, look, variables, look.weighed) for component, variables in zip(components, none, strict=True)), total).clamp(min=1e-30)
+
+
+def choose_powers(components: list[Component], look: Look) -> list[tuple[float, float]]:
+    """For every component the powers of its ceilings and worths that leave the network's output the least noise, on samples that these were not
     taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are. 0 where
     the gain may be chance: below twice its standard error."""
     folds = min(_FOLDS, len(look.source.unique()))
     if folds < 2 or not components:
-        return [0.0] * len(components)
-    none = [{v: torch.ones(_width(component, v), dtype=torch.float64) for _, v in component.producers} for component in components]
-    usual = sum(_noise(component, look, variables, look.weighed) for component, variables in zip(components, none, strict=True)).clamp(min=1e-30)
+        return [_POWERS[0]] * len(components)
+    usual = _usual(components, look)
     shares = torch.zeros(len(components), len(_POWERS), len(usual), dtype=torch.float64)
     for fold in range(folds):
         held_out = look.source % folds == fold
         judged, mine = held_out & look.weighed, held_out[look.weighed]
         for c, component in enumerate(components):
-            ceilings = _ceilings(component, look, ~held_out)
-            for p, power in enumerate(_POWERS):
-                variables = {v: part**power for v, part in ceilings.items()}
+            ceilings, worths = _ceilings(component, look, ~held_out), _worths(component, look, ~held_out, usual)
+            for p, powers in enumerate(_POWERS):
+                variables = _factors(ceilings, worths, powers)
                 shares[c, p, mine] = _noise(component, look, variables, judged) / usual[mine]
     version = look.version[look.weighed]
     counts = version.bincount()
@@ -244,17 +273,19 @@ def choose_powers(components: list[Component], look: Look) -> list[float]:
     sources = look.source[look.weighed]
     spread = torch.zeros(len(components), int(sources.max()) + 1, dtype=torch.float64).index_add_(1, sources, (gains - gain) * weights)
     error = spread.square().sum(1).sqrt()  # a sample and its shifted copies are not independent: they count together
-    return [_POWERS[p] if certain else 0.0 for p, certain in zip(best.tolist(), (gain[:, 0] > _CERTAIN * error).tolist(), strict=True)]
+    return [_POWERS[p] if certain else _POWERS[0] for p, certain in zip(best.tolist(), (gain[:, 0] > _CERTAIN * error).tolist(), strict=True)]
 
 
-def apply_profiles(components: list[Component], powers: list[float], look: Look) -> dict[fx.Node, torch.Tensor]:
+def apply_profiles(components: list[Component], powers: list[tuple[float, float]], look: Look) -> dict[fx.Node, torch.Tensor]:
     """Gives the layers around each component its profile: producers get their `output_profile`, consumers have it folded into their
     weights. Returns the profile of every tensor that has one, float32, shaped to divide the tensor. The float graph stays as it is."""
     result: dict[fx.Node, torch.Tensor] = {}
-    for component, power in zip(components, powers, strict=True):
-        if power == 0.0:
+    usual, everything = _usual(components, look), torch.ones_like(look.clean)
+    for component, chosen in zip(components, powers, strict=True):
+        if chosen == _POWERS[0]:
             continue
-        variables = {v: (part**power).float() for v, part in _ceilings(component, look, torch.ones_like(look.clean)).items()}
+        variables = _factors(_ceilings(component, look, everything), _worths(component, look, everything, usual), chosen)
+        variables = {v: part.float() for v, part in variables.items()}
         for unit, variable in component.producers:
             unit.output_profile = variables[variable]
         for unit in component.consumers:
