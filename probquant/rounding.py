@@ -5,7 +5,9 @@ rounding makes at the output of one channel is d^T H d for the vector d of its w
 other, and the error of each is spread over those still to come, by a Cholesky factor of H's inverse.
 
 H is streamed from calibration, every sample over the signal at the layer's output. The mean of the inputs is taken out of it where bias
-correction takes care of the mean error.
+correction takes care of the mean error. It is an estimate: off by the more, the fewer positions it was taken from, so the fewer these are for a
+channel's weights, the more H is drawn towards a multiple of the identity (as by Ledoit and Wolf, J. Multivar. Anal. 88, 2004), for which
+rounding is to nearest.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 LARGEST = 2400  # weights per output for which H is kept (23 MB in float32); beyond, weights are rounded to nearest
 _POSITIONS = 256  # of an image, evenly spaced, that count: they overlap and resemble each other
 _BLOCK = 64  # weights of a channel whose errors are spread together: the paper's lazy batches
-_DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
+_DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's; and as much as there are weights for each position that H was taken from (fit)
 
 
 class RoundingFit:
@@ -30,7 +32,7 @@ class RoundingFit:
         size = self.kernel[0] * self.kernel[1] * weight_shape[-1]
         self.moments = torch.zeros(self.groups, size, size)
         self.sums = torch.zeros(self.groups, size)
-        self.count = 0.0
+        self.count, self.positions = 0.0, 0
 
     def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
         """x: the layer's float input, [N, C, H, W] of a convolution or [N, ..., K]; weights: surrogates.sample_weights() of its output."""
@@ -58,6 +60,7 @@ class RoundingFit:
         self.moments += weighed @ fields.mT
         self.sums += weighed.sum(2)
         self.count += float(weights.sum())
+        self.positions += len(weights)
 
     def fit(self, weight: torch.Tensor, scale: torch.Tensor, profile: torch.Tensor | None = None) -> torch.Tensor:
         """int8 codes in [-127, 127], for the float weight and its scale [O]; profile [C]: what the weight's inputs are divided by."""
@@ -77,7 +80,8 @@ class RoundingFit:
         ridge = diagonal.mean(1).clamp(min=1e-30)[:, None, None] * torch.eye(h.shape[1], dtype=h.dtype)  # so an input that is always 0 does no harm
         h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
         w = w.gather(2, order[:, None, :].expand_as(w))
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(_damped_cholesky(h, ridge)), upper=True)
+        damping = _DAMPING + h.shape[1] / max(self.positions, 1)  # what makes up for errors on few positions need not on others
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(_damped_cholesky(h, ridge, damping)), upper=True)
         codes = torch.empty_like(w)
         for begin in range(0, w.shape[2], _BLOCK):  # within a block at once, beyond it by one product of matrices
             end = min(begin + _BLOCK, w.shape[2])
@@ -91,9 +95,8 @@ class RoundingFit:
         return (codes.permute(0, 2, 3, 1) if len(shape) == 4 else codes).contiguous().to(torch.int8)
 
 
-def _damped_cholesky(h: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """Of h + damping * ridge, with the paper's damping, or as much more as rounding errors in h ask for."""
-    damping = _DAMPING
+def _damped_cholesky(h: torch.Tensor, ridge: torch.Tensor, damping: float) -> torch.Tensor:
+    """Of h + damping * ridge, or with as much more as rounding errors in h ask for."""
     while True:
         factor, failed = torch.linalg.cholesky_ex(h + damping * ridge)
         if not failed.any():

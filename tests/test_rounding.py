@@ -80,8 +80,23 @@ def test_what_is_learnt_without_profiles_serves_with_them(groups):
             fit.update(values, samples)
         found.append((fits[0].fit(weight, scale, over), fits[1].fit(weight, codes, scale, over)))
     (a, bias_a), (b, bias_b) = found
-    assert (a != b).float().mean() < 0.02 and (a != codes).float().mean() > 0.1  # float32 sums may tip a weight that is half way
+    assert (a != b).float().mean() < 0.02 and (a != codes).float().mean() > 0.05  # float32 sums may tip a weight that is half way
     assert torch.allclose(bias_a, bias_b, rtol=1e-4, atol=1e-6)
+
+
+def test_little_is_made_of_few_positions():
+    """From four positions H says that most errors do not matter, which holds on these alone; where they are repeated often, it is believed."""
+    generator = torch.Generator().manual_seed(6)
+    few, others = torch.randn(4, 32, generator=generator), torch.randn(4096, 32, generator=generator)
+    weight = torch.randn(16, 32, generator=generator)
+    nearest, scale = quantize_weight(weight)
+    errors = []
+    for repeats in (1, 1000):
+        fit = RoundingFit(weight.shape, {"groups": 1}, centred=True)
+        fit.update(few.repeat(repeats, 1), torch.ones(4 * repeats, dtype=torch.float64))
+        errors.append(((fit.fit(weight, scale) * scale[:, None] - weight) @ others.T).square().mean())
+    usual = ((nearest * scale[:, None] - weight) @ others.T).square().mean()
+    assert errors[0] < 1.1 * usual and errors[1] > 1.3 * usual
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest():
