@@ -8,7 +8,7 @@ to imitate float32's outputs on the training pictures, without labels.
 A shift is `clean`, a corruption NAME[:SEVERITY] (3 of 5 unless told; probquant/corruptions.py), `mixed` (every picture has
 another corruption and severity, or none), or `size:PIXELS` (classification at another resolution).
 
-With `static` among the strategies, the time of every model on one picture over that of fixed ranges is told, too.
+With `static` among the strategies, the time of every model on one picture over that of fixed ranges is told, too, and that of a copy of static.
 
 Rows: {task, model, strategy, shift, metric, value, float32, n}; report.py makes the page of them. SQNR is of the network's
 whole output, per picture, in dB; drop, drop_low and drop_high are what float32 has more of the task's first metric and its
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import os
 import random
 import sys
@@ -42,7 +43,7 @@ STRATEGIES = ("static:minmax", "static", "static:profile", "dynamic", "dynamic:p
 SHIFTS = ("clean", "dark", "contrast", "noise", "mixed")
 _MOMENTUM = 0.9  # of history's ranges
 _WINDOW = 16  # pictures that delayed scaling looks back on
-_PAIRS = 150  # of calls, for the time over that of fixed ranges
+_PAIRS = 400  # of calls, for the time over that of fixed ranges
 
 Task = Classification | Detection | Saliency
 
@@ -299,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
                 one = batches[0][:1]
                 with torch.no_grad():
                     timed = {spec: model for spec, model in built.items() if isinstance(model, probquant.QuantizedModel) and spec != "static"}
+                    timed["static again"] = copy.deepcopy(built["static"])  # what the measurement itself makes of nothing
                     run[f"time of {name}"] = times_over(timed, built["static"], one, _PAIRS)
             for shift in shifts:
                 rows += evaluate(task, built, shift, args.batch)
