@@ -69,6 +69,7 @@ struct Box {
 struct Tile {
   int rows;
   int part;         ///< rows of the first of two parts (see make_parts)
+  int64_t apart;    ///< bytes from row to row of either part, if that is known; 0: it is not
   bool pure;        ///< no row has padding inside the box
   bool one_sample;
   Box box;          ///< the taps that some row needs
@@ -80,6 +81,7 @@ struct Tile {
 /// Neighbouring blocks, of one group unless the kernel spans groups.
 struct Panel {
   const uint8_t* block;
+  int64_t index;     ///< the first one's, among all
   int blocks;
   int64_t channel;   ///< the first one's
   int64_t channels;  ///< that exist: blocks * 16, or less
@@ -275,7 +277,8 @@ class DenseDriver {
     for (int64_t b = b0; b < b1;) {
       Panel panel;
       panel.blocks = Kernel::panel_blocks(b1 - b);
-      panel.block = p.packed_weight + (group * group_blocks + b) * layout.block_bytes;
+      panel.index = group * group_blocks + b;
+      panel.block = p.packed_weight + panel.index * layout.block_bytes;
       panel.channel = group * group_channels + b * kBlockChannels;
       panel.channels = min_i(panel.blocks * kBlockChannels, group_channels - b * kBlockChannels);
       b += panel.blocks;
@@ -335,6 +338,7 @@ class DenseDriver {
               part_end = line * ++index / parts;
               if (part == 0) tile.part = tile.rows;
             }
+            tile.apart = (width == 1 ? s.stride_height * s.in_width : s.stride_width) * s.in_channels;
             if (inside) tile.box = full;
             finish_tile(tile);
             visit(tile);
@@ -374,6 +378,7 @@ class DenseDriver {
 
   void start_tile(Tile& tile) const {
     tile.rows = tile.part = 0;
+    tile.apart = 0;
     tile.pure = true;
     tile.box = {s.kernel_height, 0, s.kernel_width, 0};
   }

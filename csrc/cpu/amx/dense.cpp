@@ -206,13 +206,15 @@ class AmxKernel : public DenseEpilogue {
   static constexpr int64_t kInputInCache = 640 << 10;
   static constexpr int64_t weights_in_cache = 1 << 20;    ///< up to which tiles are outside of panels: half of L2
   static constexpr int64_t weights_together = 384 << 10;  ///< bytes of panels that a tile meets one after the other, beyond that
+  const bool whole_tiles;   ///< a packed segment is, where its rows lie in x as they are
   const bool spans_groups;  ///< where no tile needs gathered rows, which blocks of several groups would not share
   static int64_t max_rows(int64_t) { return kTileRows; }
   static int panel_blocks(int64_t left) { return static_cast<int>(min_i(left, kTileBlocks)); }
 
   AmxKernel(const DenseDriver& owner, Output kind, int64_t longest_part, const LayerRange& range)
       : DenseEpilogue(owner.p, kind, kind == Output::floats ? nullptr : held_of(owner.p, range)),
-        spans_groups(owner.p.layout.whole_groups() && owner.p.layout.segment_steps % steps_of_tile(owner.p.layout.segment_steps) == 0 && owner.parts_are_lines(range)),
+        whole_tiles(owner.p.layout.segment_steps % steps_of_tile(owner.p.layout.segment_steps) == 0),
+        spans_groups(whole_tiles && owner.p.layout.whole_groups() && owner.parts_are_lines(range)),
         held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
@@ -245,6 +247,7 @@ class AmxKernel : public DenseEpilogue {
     rows_of = 1 - rows_of;
     __builtin_memcpy(pending.row[rows_of], tile.row, sizeof pending.row[0]);
     kept = 0;
+    stride[0] = stride[1] = tile.apart;
     strided = part_stride(tile, 0, tile.part, stride[0]) && part_stride(tile, tile.part, tile.rows, stride[1]);
   }
 
@@ -287,12 +290,15 @@ class AmxKernel : public DenseEpilogue {
   /// Steps of products, about.
   int64_t steps_of(int64_t rows, int64_t panels) const { return max_i(1, rows / (2 * part_rows)) * max_i(1, p.layout.steps / tile_steps) * panels; }
 
-  /// Bytes between the rows [begin, end) of a tile, if it is the same for all of them and all rows of a part can be read from there.
+  /// Bytes between the rows [begin, end) of a tile, where they are not known, if they are the same for all of them and all rows of a part can be read
+  /// from there.
   bool part_stride(const Tile& tile, int begin, int end, int64_t& bytes) const {
-    bytes = end - begin > 1 ? tile.x[begin + 1] - tile.x[begin] : 0;
-    int64_t differences = 0;
-    for (int i = begin + 1; i < end; ++i) differences |= tile.x[i] - tile.x[i - 1] - bytes;
-    if (differences != 0) return false;
+    if (bytes == 0) {
+      bytes = end - begin > 1 ? tile.x[begin + 1] - tile.x[begin] : 0;
+      int64_t differences = 0;
+      for (int i = begin + 1; i < end; ++i) differences |= tile.x[i] - tile.x[i - 1] - bytes;
+      if (differences != 0) return false;
+    }
     return end - begin == part_rows || end == begin || tile.x[begin] + (part_rows - 1) * bytes + driver.reach(tile) <= driver.end_of_x();
   }
 
@@ -365,7 +371,7 @@ class AmxKernel : public DenseEpilogue {
     if (direct && of_whole_tiles(in)) {
       const int64_t x = group_offset(panel, 0);
       return multiply_steps({in.rows[0] + x, in.rows[second_row] + x, stride[0], stride[1], group_offset(panel, panel.blocks - 1) - x, in.weights, in.block_bytes,
-                             in.segments, in.segment_count, in.segments[0].steps / tile_steps});
+                             in.segments, in.segment_count, in.segments[0].steps});
     }
     bool all_gathered = true;
     for (int i = 0; i < in.segment_count; ++i) {
@@ -384,16 +390,16 @@ class AmxKernel : public DenseEpilogue {
     if (all_gathered && segments_complete) kept = tiles;
   }
 
-  /// Whether segments are whole tiles, as many each.
+  /// Whether segments are whole tiles, as many each. A segment is one of the packed ones, or a few.
   bool of_whole_tiles(const TileInput& in) const {
-    int64_t differences = in.segment_count > 0 ? in.segments[0].steps % tile_steps : 1;
+    int64_t differences = whole_tiles && in.segment_count > 0 ? 0 : 1;
     for (int i = 1; i < in.segment_count; ++i) differences |= in.segments[i].steps - in.segments[0].steps;
     return differences == 0;
   }
 
   /// Where the inputs of a block begin, from a row's pointer on.
   int64_t group_offset(const Panel& panel, int64_t block) const {
-    return spans_groups ? ((panel.block - p.packed_weight) / p.layout.block_bytes + block) / p.layout.group_blocks * p.layout.inputs : 0;
+    return spans_groups ? (panel.index + block) / p.layout.group_blocks * p.layout.inputs : 0;
   }
 
   /// Notes what rows have for `steps` steps of the stream, and multiplies before that what does not fit beside it. Whether all fits.
@@ -429,7 +435,7 @@ class AmxKernel : public DenseEpilogue {
     return tiles;
   }
 
-  /// Products of a tile: segments of `tiles` tiles each.
+  /// Products of a tile: segments of so many steps each, which are whole tiles.
   struct Products {
     const uint8_t *x, *x_second;  ///< of the two parts' first rows
     int64_t x_stride, x_second_stride;
@@ -437,7 +443,7 @@ class AmxKernel : public DenseEpilogue {
     const uint8_t* weights;
     int64_t block_bytes;
     const Segment* segments;
-    int64_t count, tiles;
+    int64_t count, steps;
   };
 
   void multiply_steps(const Products& of) {
@@ -449,7 +455,7 @@ class AmxKernel : public DenseEpilogue {
   /// `tiles` that follow each other, in x from the rows on.
   void multiply_run(const uint8_t* x, const uint8_t* x_second, int64_t x_stride, int64_t x_second_stride, const TileInput& in, int64_t weight_offset, int64_t tiles) {
     const Segment one{0, weight_offset, tiles * tile_steps};
-    multiply_steps({x, x_second, x_stride, x_second_stride, 0, in.weights, in.block_bytes, &one, 1, tiles});
+    multiply_steps({x, x_second, x_stride, x_second_stride, 0, in.weights, in.block_bytes, &one, 1, one.steps});
   }
 
   /// Every product of a tile takes 16 clocks; the processor sees 512 instructions ahead, and the epilogue of 32 rows has more: so some of it
@@ -469,13 +475,14 @@ class AmxKernel : public DenseEpilogue {
 #pragma GCC unroll 1
       for (int i = 0; i < fours; ++i) rows.four();
     };
-    int64_t left = of.tiles * of.count, in_segment = of.tiles;
+    int64_t left = of.steps * of.count, in_segment = of.steps;
     const auto advance = [&]() __attribute__((always_inline)) {
       x += x_step, x_second += x_step, weights += weights_step, weights_second += weights_step;
-      if (--in_segment == 0 && left > 0) {
+      in_segment -= tile_steps;
+      if (in_segment == 0 && left > 0) {
         ++segment;
         enter();
-        in_segment = of.tiles;
+        in_segment = of.steps;
       }
       ahead.step();
       upcoming.step();
@@ -504,13 +511,13 @@ class AmxKernel : public DenseEpilogue {
       start.now = false;
       unsaved.to = nullptr;
       since_store = 0;
-      --left;
+      left -= tile_steps;
       advance();
       some_rows(rows_along);
     }
     const int later = (rows_along + 1) / 2, early = rows_along / 2;
     while (left > 0) {
-      --left;
+      left -= tile_steps;
       load_tile<4>(x, of.x_stride);
       load_tile<6>(weights, kStreamBytes);
       multiply_tiles<0, 4, 6>();

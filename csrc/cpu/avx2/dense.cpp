@@ -354,7 +354,8 @@ class DenseKernel {
       for (int64_t channel = range.channel_begin; channel < range.channel_end;) {
         const int64_t in_group = channel % p.layout.group_channels;
         Panel panel;
-        panel.block = p.packed_weight + p.layout.block_offset(channel);
+        panel.index = block_of(p.layout, channel);
+        panel.block = p.packed_weight + panel.index * p.layout.block_bytes;
         panel.channel = channel;
         panel.channels = min_i(min_i(kPanelBlocks * kBlockChannels, p.layout.group_channels - in_group), range.channel_end - channel);
         panel.blocks = static_cast<int>((panel.channels + kBlockChannels - 1) / kBlockChannels);

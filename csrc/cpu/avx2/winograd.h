@@ -50,7 +50,8 @@ class Winograd {
         for (int64_t i = 0; i < count; ++i) transform_input(sample, from + i, v.get() + i * inputs, count * inputs);
         for (int64_t channel = range.channel_begin; channel < range.channel_end; channel += kPanel) {
           Panel panel;
-          panel.block = p.packed_weight + channel / kBlockChannels * p.layout.block_bytes;
+          panel.index = channel / kBlockChannels;
+          panel.block = p.packed_weight + panel.index * p.layout.block_bytes;
           panel.channel = channel;
           panel.channels = range.channel_end - channel < kPanel ? range.channel_end - channel : kPanel;
           panel.blocks = panel.channels > kBlockChannels ? 2 : 1;

@@ -288,7 +288,7 @@ class GroupedKernel : public VectorKernel {
   /// Pairs of blocks, or the two sums of a block, one after the other.
   void multiply(const TileInput& in, int rows, const Panel& panel, int32_t* sums) const {
     const PackedLayout& layout = p.layout;
-    const int64_t block_bytes = layout.block_bytes, first = (panel.block - p.packed_weight) / block_bytes, row_sums = panel.blocks * kBlockChannels;
+    const int64_t block_bytes = layout.block_bytes, first = panel.index, row_sums = panel.blocks * kBlockChannels;
     const int parts = (rows + kGroupRows - 1) / kGroupRows, together = panel.blocks > 1 && lanes != GroupLanes::of_8 ? 2 : 1;
     for (int j = 0; j < panel.blocks; j += together) {
       const int last = j + together - 1;

@@ -474,7 +474,7 @@ class DenseEpilogue {
 
   /// Constants of a panel and the current sample.
   const BlockConstants* panel_constants(const Panel& panel) {
-    BlockConstants* at = block_constants.get() + (panel.block - p.packed_weight) / p.layout.block_bytes;
+    BlockConstants* at = block_constants.get() + panel.index;
     if (at->sample != current_sample)
       for (int j = 0; j < panel.blocks; ++j)
         at[j].set(current_sample, constants[current_sample - chunk_sample], *reinterpret_cast<const BlockHeader*>(panel.block + j * p.layout.block_bytes));
