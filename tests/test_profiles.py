@@ -186,6 +186,8 @@ def test_a_channel_that_matters_and_is_mostly_small_gets_finer_codes():
     assert powers(component, largest, worth=worth)[1] == 0.0
     worth[0] = 200.0
     assert powers(component, largest, worth=worth)[1] > 0.0
+    rows = dataclasses.replace(component, axes=dict.fromkeys(component.axes, -1))  # with a scale each, of which only the largest is known
+    assert powers(rows, largest, worth=worth)[1] == 0.0
     assert powers(component, torch.ones(24, 8), worth=worth) == NONE  # where it is as large as all others, they would lose what it gains
 
 
