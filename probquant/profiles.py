@@ -255,8 +255,8 @@ def _usual(components: list[Component], look: Look) -> torch.Tensor:
 
 def choose_powers(components: list[Component], look: Look) -> list[tuple[float, float]]:
     """For every component the powers of its ceilings and worths that leave the network's output the least noise, on samples that these were not
-    taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are. 0 where
-    the gain may be chance: below twice its standard error."""
+    taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are. A power
+    of the worths loses under none of them. 0 where the gain may be chance: below twice its standard error."""
     folds = min(_FOLDS, len(look.source.unique()))
     if folds < 2 or not components:
         return [_POWERS[0]] * len(components)
@@ -275,13 +275,25 @@ def choose_powers(components: list[Component], look: Look) -> list[tuple[float, 
     version = look.version[look.weighed]
     counts = version.bincount()
     weights = 1.0 / (counts[version] * (counts > 0).sum())  # which sum to 1
-    best = (shares * weights).sum(2).argmin(1)
+    best = _least(shares, weights, version)
     gains = shares[:, 0] - shares[torch.arange(len(components)), best]
     gain = (gains * weights).sum(1, keepdim=True)
     sources = look.source[look.weighed]
     spread = torch.zeros(len(components), int(sources.max()) + 1, dtype=torch.float64).index_add_(1, sources, (gains - gain) * weights)
     error = spread.square().sum(1).sqrt()  # a sample and its shifted copies are not independent: they count together
     return [_POWERS[p] if certain else _POWERS[0] for p, certain in zip(best.tolist(), (gain[:, 0] > _CERTAIN * error).tolist(), strict=True)]
+
+
+def _least(shares: torch.Tensor, weights: torch.Tensor, version: torch.Tensor) -> torch.Tensor:
+    """[components]: which of _POWERS has the least weighted share [components, powers, samples]. What makes up for losses under one kind of shift
+    by gains under another is passed over in favour of ceilings alone."""
+    means = (shares * weights).sum(2)
+    alone = torch.tensor([powers[1] == 0.0 for powers in _POWERS])
+    usual = means.masked_fill(~alone, torch.inf).argmin(1)
+    for kind in version.unique():
+        of_kind = shares[:, :, version == kind].mean(2)
+        means = means.masked_fill(of_kind > of_kind.gather(1, usual[:, None]), torch.inf)
+    return means.argmin(1)
 
 
 def apply_profiles(components: list[Component], powers: list[tuple[float, float]], look: Look) -> dict[fx.Node, torch.Tensor]:
