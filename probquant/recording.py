@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._ops import ops
 
@@ -36,12 +37,17 @@ class _Refused(Exception):
     """A node that has no form in a recording."""
 
 
+def _release(held: int) -> None:
+    with _disable_current_modes():  # garbage may be collected while somebody traces
+        ops.release.default(held)
+
+
 class _Held:
     """A recording and its constants, held for torch.ops.probquant.run_held until this object goes."""
 
     def __init__(self, constants: list[torch.Tensor], recording: str):
         self.number = ops.hold.default(constants, recording)
-        weakref.finalize(self, ops.release.default, self.number)
+        weakref.finalize(self, _release, self.number)
 
 
 def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int = 2, hold: bool = False) -> fx.GraphModule | None:

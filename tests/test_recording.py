@@ -194,8 +194,8 @@ def test_a_held_recording_goes_with_its_model():
         gc.collect()
         return ops.release(ops.hold([], ""))
 
-    x, before = models.images("resnet", 2)[0], held()
-    qmodel = copy.deepcopy(quantized("resnet", surrogate="gaussian"))
+    x, source = models.images("resnet", 2)[0], quantized("resnet", surrogate="gaussian")
+    before, qmodel = held(), copy.deepcopy(source)
     wanted = qmodel(x)
     assert held() == before + 1
     for _ in range(2):  # another predictor, and the call after
