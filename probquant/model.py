@@ -26,6 +26,7 @@ from .telemetry import Telemetry
 
 _UNITS = "int8_layers"
 _FORMAT = 1
+_NOTHING_RECORDED = (None, ((), (), ()))  # what runs a plain call, and the tensors that it reads (QuantizedModel._tensors_read)
 
 
 @dataclasses.dataclass
@@ -150,7 +151,7 @@ class QuantizedModel(fx.GraphModule):
             return run(*args, **kwargs)
 
         cls.forward = forward
-        self.__dict__["_recorded"] = (None, ((), (), ()))
+        self.__dict__["_recorded"] = _NOTHING_RECORDED
         return code
 
     def _tensors_read(self) -> tuple[tuple[dict, ...], tuple[str, ...], tuple[torch.Tensor, ...]]:
@@ -162,6 +163,12 @@ class QuantizedModel(fx.GraphModule):
             holder = next(held for held in (module._buffers, module._parameters, module.__dict__) if leaf in held)
             found.append((holder, leaf, holder[leaf]))
         return tuple(zip(*found, strict=True)) or ((), (), ())
+
+    def _apply(self, fn, recurse=True):
+        """share_memory() leaves every tensor the same object with other memory: what is recorded still points to the old."""
+        super()._apply(fn, recurse)
+        self.__dict__["_recorded"] = _NOTHING_RECORDED
+        return self
 
     def __deepcopy__(self, memo) -> QuantizedModel:
         return _rebuild(_header(self), {name: tensor.clone() for name, tensor in _tensors(self).items()})

@@ -189,6 +189,16 @@ def test_the_recording_follows_the_model():
     assert equal(first(*x), -before)
 
 
+def test_memory_may_move_under_the_tensors():
+    """As share_memory() does it, before a model goes to other processes: the tensors stay, what they point to does not."""
+    qmodel, x = copy.deepcopy(quantized("resnet", surrogate="gaussian")), models.images("resnet", 2)
+    before = qmodel(*x)
+    qmodel.share_memory()
+    assert all(tensor.is_shared() for tensor in qmodel.buffers())
+    junk = [torch.full((1 << 16,), 77, dtype=torch.uint8) for _ in range(64)]  # where the old memory was
+    assert len(junk) == 64 and all(equal(qmodel(*x), before) for _ in range(3))
+
+
 def test_a_held_recording_goes_with_its_model():
     def held():
         gc.collect()
