@@ -164,7 +164,8 @@ def _add_run(
         unread = [i for i in unread if i not in results]
         leaves = not results.keys().isdisjoint(produced)
         start = len(body)
-        body += [names.index(node.target._opname), int(leaves), upcoming[node], *_encode(node, numbers), len(unread), *unread]
+        place = -1 if leaves else _place(node, numbers, unread)
+        body += [names.index(node.target._opname), int(leaves), upcoming[node], place, *_encode(node, numbers), len(unread), *unread]
         written = {numbers[value]: sizes.get(value, 0) for _, value in _values(node)}
         activations = sum(written.values()) + sum(sizes.get(source, 0) for source in node.all_input_nodes if source.op != "get_attr")
         weights = sum(operator.attrgetter(source.target)(graph_module).nbytes for source in node.all_input_nodes if source.op == "get_attr")
@@ -218,6 +219,16 @@ def _upcoming(operations: list[fx.Node], graph_module: fx.GraphModule, numbers: 
         if weight is not None and weight.op == "get_attr" and operator.attrgetter(weight.target)(graph_module).numel() >= _WORTH_FETCHING:
             number = numbers[weight]
     return upcoming
+
+
+def _place(node: fx.Node, numbers: dict[fx.Node, int], unread: list[int]) -> int:
+    """The number of the residual whose memory the output takes, or -1: one that no one reads any more, and this op once."""
+    residual = _arguments(node).get("residual")
+    if residual is None or numbers[residual] not in unread:
+        return -1
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), read.append)
+    return numbers[residual] if read.count(residual) == 1 else -1
 
 
 def _values(node: fx.Node) -> list[tuple[int, fx.Node]]:
@@ -316,7 +327,7 @@ def _(inputs, constants, recording):
     for _ in range(operations):
         name = names[next(numbers)]
         op = _flatten if name == _flatten._opname else getattr(ops, name).default
-        next(numbers), next(numbers)  # whether its results leave, which weight is behind it
+        next(numbers), next(numbers), next(numbers)  # whether its results leave, which weight is behind it, whose place it takes
         given = op(*[take(str(argument.type)) for argument in op._schema.arguments])
         take("List[int]")  # what no one reads any more
         values += given if isinstance(given, (tuple, list)) else [given]

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import probquant as pq
 from probquant import ops
 from probquant.compare import peak_activation_bytes
-from probquant.recording import _by_image, _read, _upcoming, _write, record
+from probquant.recording import _arguments, _by_image, _place, _read, _upcoming, _write, record
 
 
 @functools.cache
@@ -147,6 +147,33 @@ def test_float_layers_between_int8_ones():
     qmodel = pq.quantize(Islands().eval(), [x], progress=False)
     assert len(runs_of(record(qmodel))) == 2
     assert equal(qmodel(x), fx.Interpreter(qmodel).run(x))
+
+
+def test_an_output_takes_the_place_of_a_residual_that_no_one_reads_any_more():
+    """Shortcuts that end there, one that is the layer's own input, and one that leaves."""
+
+    class Shortcuts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+
+        def forward(self, x):
+            a, b, c, d, e, f = self.layers
+            x = a(x).relu()
+            x = c(b(x).relu()) + x
+            x = d(x) + x
+            y = f(e(x).relu()) + x
+            return y, x
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 12, 12)
+    qmodel = pq.quantize(Shortcuts().eval(), [x], progress=False)
+    nodes = {node: i for i, node in enumerate(qmodel.graph.nodes)}
+    layers = [node for node in int8_ops_of(qmodel) if "residual" in _arguments(node)]
+    places = [_place(node, nodes, [nodes[_arguments(node)["residual"]]]) for node in layers if _arguments(node)["residual"]]
+    assert [place >= 0 for place in places] == [True, False, True]
+    recorded = record(qmodel, (x,))
+    assert len(runs_of(recorded)) == 1 and equal(recorded(x), fx.Interpreter(qmodel).run(x)) and equal(split(recorded)(x), fx.Interpreter(qmodel).run(x))
 
 
 def test_layers_are_told_of_the_weights_behind_them():

@@ -11,6 +11,7 @@
 namespace probquant::ops {
 
 using stable::IntView;
+using stable::same;
 using stable::Tensor;
 
 /// A part of an error's message: [1, 2, 3], written when the error is.
@@ -35,8 +36,6 @@ inline const char* dtype_name(int32_t dtype) {
          : dtype == c.boolean  ? "bool"
                                : "another dtype";
 }
-
-inline bool same(IntView a, IntView b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); }
 
 /// Dense in the given order of dimensions (outermost first); the stride of a dimension of size 1 means nothing.
 inline bool is_dense(const Tensor& t, std::initializer_list<size_t> order) {

@@ -10,13 +10,16 @@
 //   bytes of the inputs for one image, number of ops, then for each: how many numbers it takes below, whether its results of an image depend on that
 //   image alone, bytes that it reads and writes for one image, of activations that live on behind it for one image, and of its weights (stretches.h)
 //   ops to the end, each: its name's number, whether its results leave the recording, the packed weight that a layer reads behind it or -1,
-//   its arguments in the order of the schema, the number of values that no one reads any more, and these
+//   the residual whose memory its output takes or -1, its arguments in the order of the schema, the number of values that no one reads any more, and these
 // Values are numbered: the inputs, the constants, then the results of every op in turn. Arguments are written as
 //   Tensor    a value                   Tensor?   a value or -1               Tensor[], int[]   a length, then the elements
 //   int, bool itself                    float     the bits of a double        float?            0, or 1 and the float
 // Anything else is an error, as is a number that names nothing: a damaged recording cannot do harm.
 //
 // Whoever replays one often holds it with its constants first (HeldRecordings): a plain call of a QuantizedModel passes its inputs alone.
+//
+// A layer reads an element of its residual once, in front of writing the same of its output. Where no one else reads the residual, the output takes its
+// place: a block of ResNet-50 then moves 0.8 MB less through an L2 of 2 MB.
 //
 // Images are what the first dimension of every input counts. A stretch of ops whose activations outgrow L2 together runs group of images by group of
 // images: no result of an image depends on the others. What lives on behind the stretch is then put together.
@@ -245,7 +248,14 @@ class Replay : public Numbers {
       scratch_.set_outside(leaves_);
       const auto weight = take<std::optional<Tensor>>();
       upcoming() = weight ? Upcoming{weight->data(), weight->numel()} : Upcoming{};
+      const int64_t place = integer();
+      require(place >= -1 && place < static_cast<int64_t>(first_ + values_.size()), "run: the recording names value ", place, " of ", first_ + values_.size());
+      const bool own = place >= static_cast<int64_t>(first_);  // else a group's residual is a part of it
+      const size_t residual = own ? static_cast<size_t>(place) - first_ : 0;
+      if (own && values_[residual]) scratch_.offer(std::move(*values_[residual]));
       op(*this);
+      scratch_.withdraw();
+      if (own) values_[residual].reset();
       for (size_t n = length(); n > 0; --n) {
         const size_t i = index(first_ + values_.size(), "value");
         if (i < first_) unread_.push_back(i);

@@ -120,6 +120,7 @@ class IntView {
   const int64_t* data_;
   size_t size_;
 };
+inline bool same(IntView a, IntView b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); }
 
 class Scratch;
 
@@ -235,6 +236,9 @@ class Scratch {
   Tensor narrow(const Tensor& t, int64_t begin, int64_t count);
   /// While true, new tensors are torch's.
   void set_outside(bool outside) { outside_ = outside; }
+  /// Until withdraw(), the first new tensor that is shaped like t takes its memory; t stays a view of it.
+  void offer(Tensor&& t) { offered_.emplace(std::move(t)); }
+  void withdraw() { offered_.reset(); }
 
   Tensor empty_strided(IntView sizes, IntView strides, int32_t dtype);
 
@@ -248,6 +252,7 @@ class Scratch {
   std::vector<Tensor> chunks_;
   size_t used_ = 0;
   bool outside_ = false;
+  std::optional<Tensor> offered_;
 };
 
 inline Tensor torch_empty_strided(IntView sizes, IntView strides, int32_t dtype, const Tensor& like) {
@@ -308,6 +313,11 @@ inline Tensor Scratch::narrow(const Tensor& t, int64_t begin, int64_t count) {
 
 inline Tensor Scratch::empty_strided(IntView sizes, IntView strides, int32_t dtype) {
   if (outside_) return torch_empty_strided(sizes, strides, dtype, like_);
+  if (offered_ && offered_->handle_ != nullptr && offered_->dtype_ == dtype && same(offered_->sizes(), sizes) && same(offered_->strides(), strides)) {
+    Tensor t = std::move(*offered_);
+    offered_.reset();
+    return t;
+  }
   if (sizes.size() > kMaxRank) throw Error("a tensor of more than 16 dimensions");
   size_t elements = 1;  // as far as the last one; no stride is below what makes the sizes dense
   bool overflow = false;

@@ -504,18 +504,21 @@ void fill_floats(Random& random, Guarded<float>& values) {
 void fuzz_layer_norm(Random& random, const Kernels& table, Case& c) {
   const int64_t channels = some_channels(random), rows = random.range(1, 3), row = random.range(0, rows - 1);
   const bool codes = random.chance(2), residual = random.chance(2), affine = random.chance(2);
+  const bool in_place = residual && random.chance(2);
   c.text = "layer_norm";
-  c.add("channels", channels), c.add("row", row), c.add("codes", codes), c.add("residual", residual), c.add("affine", affine);
+  c.add("channels", channels), c.add("row", row), c.add("codes", codes), c.add("residual", residual), c.add("affine", affine), c.add("in_place", in_place);
   Guarded<uint8_t> q(rows * channels);
   Guarded<float> x(rows * channels), added(rows * channels), weight(channels), bias(channels);
   fill_codes(random, q);
   for (Guarded<float>* values : {&x, &added, &weight, &bias}) fill_floats(random, *values);
-  const LayerNormProblem p{channels, codes ? q.data() : nullptr, x.data(), residual ? added.data() : nullptr, affine ? weight.data() : nullptr,
+  LayerNormProblem p{channels, codes ? q.data() : nullptr, x.data(), residual ? added.data() : nullptr, affine ? weight.data() : nullptr,
                            affine ? bias.data() : nullptr, 1e-5f};
   const QParams qparams{some_scale(random), static_cast<int32_t>(random.range(0, 255))};
-  Guarded<float> sum(channels), sum_expected(channels), y(channels), y_expected(channels);
-  kReferenceKernels.layer_norm(p, row, qparams, sum_expected.data(), y_expected.data());
-  table.layer_norm(p, row, qparams, sum.data(), y.data());
+  Guarded<float> sum(rows * channels), sum_expected(rows * channels), y(channels), y_expected(channels);
+  for (Guarded<float>* sums : {&sum, &sum_expected}) std::copy_n(added.data(), rows * channels, sums->data());
+  kReferenceKernels.layer_norm(p, row, qparams, sum_expected.data() + row * channels, y_expected.data());
+  if (in_place) p.residual = sum.data();
+  table.layer_norm(p, row, qparams, sum.data() + row * channels, y.data());
   c.compare("sum", sum_expected, sum);
   c.compare("y", y_expected, y);
 }

@@ -69,17 +69,6 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-/// A random layer: geometry, parameters and the buffers of its inputs.
-struct Case {
-  Conv2dShape shape;
-  Activation activation = Activation::clamp;
-  float activation_min = -kInfinity, activation_max = kInfinity;
-  bool residual = false, channel_stats = false;
-  std::vector<SampleEpilogue> samples;
-  std::vector<uint8_t> packed_storage;
-  uint8_t* packed = nullptr;
-};
-
 int64_t edge_size(Random& r, int64_t most) {
   if (r.one_in(2)) return r.between(1, std::min<int64_t>(most, 17));
   return std::min(most, r.pick<int64_t>({16, 24, 31, 32, 33, 40, 47, 48, 63, 64, 65, 96, 100, 127, 128, 129}));
@@ -257,15 +246,23 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
   if (r.one_in(2)) p.upcoming = {packed.data(), packed.bytes()};
   const int64_t columns = stats_columns(s.out_channels, p.channel_stats);
   const Buffer held(p.layout.depthwise ? 0 : s.batch * p.rows_per_sample * p.layout.columns() * 4);
-  const auto run = [&](const Kernels& k, const Result& fused, const Result& dynamic, bool split, bool holds) {
+  const auto run = [&](const Kernels& k, const Result& fused, const Result& dynamic, bool split, bool holds, bool over_residual) {
     const auto run_split = [&](LayerKernel kernel) {
       for (const LayerRange& part : random_parts(r, p, split)) kernel(p, part);
     };
     p.held = nullptr;
+    const uint8_t* const its_own = p.residual;
+    const auto in_place = [&](const Result& to) {  // the output takes the residual's place
+      if (!over_residual) return;
+      std::memcpy(to.y.data(), residual.data(), residual.bytes());
+      p.residual = to.y.data();
+    };
     const LayerKernels& layer = k.layer(p.layout);
     p.samples = samples.data();
     fused.attach(p);
+    in_place(fused);
     run_split(layer.quantized);
+    p.residual = its_own;
     p.samples = inputs.data();
     run_split(layer.to_float);
     dynamic.attach(p);
@@ -273,21 +270,24 @@ bool run_case(uint64_t seed, const std::vector<Kernels>& all) {
     const std::vector<LayerRange> parts = random_parts(r, p, split);
     if (holds) p.held = held.data<int32_t>();
     for (size_t i = 0; i < parts.size(); ++i) layer.range(p, parts[i]);
+    in_place(dynamic);
     p.samples = samples.data();
     for (size_t i = parts.size(); i-- > 0;) layer.quantized(p, parts[i]);
+    p.residual = its_own;
   };
   const Result expected(values, s.batch, columns), expected_dynamic(values, s.batch, columns);
-  run(kReferenceKernels, expected, expected_dynamic, false, !p.layout.depthwise && r.one_in(2));
+  run(kReferenceKernels, expected, expected_dynamic, false, !p.layout.depthwise && r.one_in(2), false);
   for (const Kernels& table : all) {
     const Result got(values, s.batch, columns), got_dynamic(values, s.batch, columns);
     const bool holds = !p.layout.depthwise && r.one_in(2);
-    run(table, got, got_dynamic, r.one_in(2), holds);
+    const bool over_residual = has_residual && r.one_in(2);
+    run(table, got, got_dynamic, r.one_in(2), holds, over_residual);
     if (compare(expected, got) && compare(expected_dynamic, got_dynamic) && held.guard_intact()) continue;
     std::printf("%s%s differs from the reference: batch %ld, in %ld x %ld x %ld, out %ld x %ld x %ld, kernel %ld x %ld, stride %ld %ld, padding %ld %ld %ld %ld, "
-                "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d, profile %d, channel_stats %d\n",
+                "dilation %ld %ld, groups %ld, activation %d [%g, %g], residual %d%s, profile %d, channel_stats %d\n",
                 table.name, holds ? ", holding sums," : "", s.batch, s.in_height, s.in_width, s.in_channels, p.out_height, p.out_width, s.out_channels, s.kernel_height, s.kernel_width,
                 s.stride_height, s.stride_width, s.padding_top, s.padding_bottom, s.padding_left, s.padding_right, s.dilation_height, s.dilation_width, s.groups,
-                static_cast<int>(p.activation), static_cast<double>(p.activation_min), static_cast<double>(p.activation_max), has_residual, profiled, p.channel_stats);
+                static_cast<int>(p.activation), static_cast<double>(p.activation_min), static_cast<double>(p.activation_max), has_residual, over_residual ? " in place" : "", profiled, p.channel_stats);
     return false;
   }
   return true;

@@ -67,7 +67,7 @@ struct LayerArguments {
   const float* predictor = nullptr;
   int64_t predictor_size = 0;
   int64_t gamma = 1;         ///< the gaussian strategies sample every gamma-th position; 0: the input's moments alone
-  QuantizedOutput y;         ///< every strategy but none
+  QuantizedOutput y;         ///< every strategy but none; on the CPU y.q may be residual.q, of which each element is read before it is written
   float* y_float = nullptr;  ///< Strategy::none
   void* workspace = nullptr; ///< conv2d_workspace_bytes(shape, strategy) bytes
 };
@@ -177,7 +177,7 @@ struct LayerNormArguments {
   RangeArguments range;      ///< none: y_float is written; fixed; dynamic and gaussian (predictor []): the row's exact range
   QuantizedOutput y;         ///< every strategy but none
   float* y_float = nullptr;  ///< Strategy::none
-  float* sum = nullptr;      ///< x + residual in float32: what the next residual connection reads. Null: not wanted
+  float* sum = nullptr;      ///< x + residual in float32: what the next residual connection reads; on the CPU it may be the residual. Null: not wanted
 };
 
 /// sum = x + residual; y = (sum - mean) / sqrt(variance + eps) * weight + bias, per row (Ba et al., arXiv 1607.06450). A row stays in
