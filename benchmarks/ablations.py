@@ -93,7 +93,7 @@ def weight_factors(component: profiles.Component, *_) -> dict[int, torch.Tensor]
 def equalization() -> Iterator[None]:
     """quantize() takes channel profiles from weight_factors(), for every tensor that can have one."""
     kept = profiles._ceilings, quantize_module.choose_powers
-    profiles._ceilings, quantize_module.choose_powers = weight_factors, lambda components, look: [(1.0, 0.0)] * len(components)
+    profiles._ceilings, quantize_module.choose_powers = weight_factors, lambda components, *_: [(1.0, 0.0)] * len(components)
     try:
         yield
     finally:

@@ -246,21 +246,20 @@ def _channels(unit: Unit) -> int:
     return unit.weight.shape[0] if unit.is_layer else shape_of(unit.output)[-1]
 
 
-def _usual(components: list[Component], look: Look) -> torch.Tensor:
-    """[weighed samples]: noise at the network's output without profiles."""
+def usual_noise(components: list[Component], look: Look) -> torch.Tensor:
+    """[weighed samples]: noise at the network's output without profiles, which noise with them is measured in."""
     none = [{v: torch.ones(_width(component, v), dtype=torch.float64) for _, v in component.producers} for component in components]
     total = torch.zeros(int(look.weighed.sum()), dtype=torch.float64)
     return sum((_noise(component, look, variables, look.weighed) for component, variables in zip(components, none, strict=True)), total).clamp(min=1e-30)
 
 
-def choose_powers(components: list[Component], look: Look) -> list[tuple[float, float]]:
+def choose_powers(components: list[Component], look: Look, usual: torch.Tensor) -> list[tuple[float, float]]:
     """For every component the powers of its ceilings and worths that leave the network's output the least noise, on samples that these were not
-    taken from: each sample's over what it has without profiles, each kind of shift as much as the others and the samples as they are. A power
-    of the worths loses under none of them. 0 where the gain may be chance: below twice its standard error."""
+    taken from: each sample's over what it has without profiles (usual, of usual_noise()), each kind of shift as much as the others and the samples
+    as they are. A power of the worths loses under none of them. 0 where the gain may be chance: below twice its standard error."""
     folds = min(_FOLDS, len(look.source.unique()))
     if folds < 2 or not components:
         return [_POWERS[0]] * len(components)
-    usual = _usual(components, look)
     shares = torch.zeros(len(components), len(_POWERS), len(usual), dtype=torch.float64)
     for fold in range(folds):
         held_out = look.source % folds == fold
@@ -296,11 +295,11 @@ def _least(shares: torch.Tensor, weights: torch.Tensor, version: torch.Tensor) -
     return means.argmin(1)
 
 
-def apply_profiles(components: list[Component], powers: list[tuple[float, float]], look: Look) -> dict[fx.Node, torch.Tensor]:
+def apply_profiles(components: list[Component], powers: list[tuple[float, float]], look: Look, usual: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
     """Gives the layers around each component its profile: producers get their `output_profile`, consumers have it folded into their
     weights. Returns the profile of every tensor that has one, float32, shaped to divide the tensor. The float graph stays as it is."""
     result: dict[fx.Node, torch.Tensor] = {}
-    usual, everything = _usual(components, look), torch.ones_like(look.clean)
+    everything = torch.ones_like(look.clean)
     for component, chosen in zip(components, powers, strict=True):
         if chosen == _POWERS[0]:
             continue

@@ -27,7 +27,7 @@ from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_co
 from .influence import Look, channel_axis, look
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
 from .nodes import fixes_batch
-from .profiles import apply_profiles, choose_powers, find_components, input_factors
+from .profiles import apply_profiles, choose_powers, find_components, input_factors, usual_noise
 from .transformer import aliases
 
 SURROGATES = ("auto", "gaussian", "gaussian_channel", "channel", "probe")
@@ -138,7 +138,8 @@ def quantize_graph(
         unit.options = dict(unit.options)
     if settings["channel_profile"] is not False:
         components = find_components(units)
-        profiles = apply_profiles(components, choose_powers(components, seen), seen)
+        usual = usual_noise(components, seen)
+        profiles = apply_profiles(components, choose_powers(components, seen, usual), seen, usual)
     variants = [_Variant.of(units, settings, profiles)]
     if profiles and (auto or settings["channel_profile"] is None):  # what there would be without them: dynamic quantization, or the surrogate itself
         variants.append(_Variant.of(plain, {**settings, "strategy": "dynamic"} if auto else settings))

