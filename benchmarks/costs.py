@@ -70,12 +70,12 @@ def measure(shape, rounds: int, turn_ms: float) -> dict[str, float]:
 
 def fit(rows: list[dict], name: str) -> dict[str, float]:
     """Nanoseconds of each count that the strategy depends on."""
-    excess = torch.tensor([max(row[name] - row["fixed"], 0.0) * 1e3 for row in rows], dtype=torch.float64)
+    excess = torch.tensor([(row[name] - row["fixed"]) * 1e3 for row in rows], dtype=torch.float64)  # below 0, too: noise is as often
     matrix = torch.tensor([[row["counts"][count] for count in DEPENDS[name]] for row in rows], dtype=torch.float64)
     if name == "channel stats":  # measured on the layer that writes them: its outputs are the reader's inputs
         written = {"call": "call", "input": "output", "in_channel": "out_channel"}
         matrix = torch.tensor([[row["counts"][written[count]] for count in DEPENDS[name]] for row in rows], dtype=torch.float64)
-    weight = (excess + _WEIGHT_NS).rsqrt()
+    weight = (excess.clamp(min=0) + _WEIGHT_NS).rsqrt()
     found, _ = nnls((matrix * weight[:, None]).numpy(), (excess * weight).numpy())
     return dict(zip(DEPENDS[name], found.tolist()))
 
