@@ -5,10 +5,10 @@
 // many clocks as a part has rows, on 4 loads, which take 8 clocks each: 64 clocks on 32, so that 2 KB of weights may come from L2.
 // All rows of a call fit the same configuration: a part has as many rows as the longest in the range, those beyond its own being ignored.
 // x is loaded from where it lies when the rows of a part are equally far apart; other rows (ends of short lines, segments that are not a
-// multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. So are 3-channel inputs, unless
-// their kernel rows are few, which then are tiles of their own: 3 x 64 clocks of products hide behind the epilogue, a gather does not. A layer with
-// padding works on copies of its input that have it (input_copies.h), which costs less than to gather its borders' rows; where lines of 7 positions
-// would fill 7 rows of a part, on copies whose positions follow each other.
+// multiple of a tile's bytes) are first gathered, kGatheredBytes of each, which L1 holds beside the weights. A kernel row of 3 channels is a tile
+// of its own, if mostly empty: 64 clocks of products hide behind the epilogue, the vector units' gathering does not (7x7x3: 216 us, gathered 296).
+// A layer with padding works on copies of its input that have it (input_copies.h), which costs less than to gather its borders' rows; where lines of
+// 7 positions would fill 7 rows of a part, on copies whose positions follow each other.
 // Groups of whole blocks are walked as one: the two blocks of a step may belong to different groups, and then take 2 loads more of x, of few bytes
 // per row. 9 taps of 16 inputs are 36 TDPBUSD for 32 rows x 32 channels, 576 clocks, beside an epilogue of 250; vectors take 1280.
 // Weights beyond half of L2 are taken a few panels at a time: a tile of x comes to L1 once for all of these, and they from L2.
@@ -34,9 +34,8 @@ constexpr int kTileBlocks = 2;
 constexpr int kRowSums = kTileBlocks * kBlockChannels;  ///< sums of a row
 constexpr int64_t kPartRows = 16;                       ///< of a tile, at most
 constexpr int64_t kTileSteps = 16;                      ///< of 4 inputs, in a tile
-constexpr int64_t kGatheredBytes = 768;                 ///< of each row: a patch of 16 x 16 x 3, so that its panels need one gather
+constexpr int64_t kGatheredBytes = 768;                 ///< of each row
 constexpr int64_t kGatheredStride = kGatheredBytes + 64;  ///< whose rows do not compete for the same sets of L1
-constexpr int64_t kSegmentsApart = 3;                     ///< kernel rows of a few bytes that are tiles of their own
 constexpr int kStepsWithoutStore = 16;                    ///< of a tile: see steps()
 
 /// [blocks - 1]
@@ -218,8 +217,7 @@ class AmxKernel : public DenseEpilogue {
         held_end(held ? held + held_values(owner.p, range) : nullptr),
         driver(owner),
         part_rows(longest_part),
-        joined(owner.p.layout.segment_taps > 1 && owner.p.layout.segments > kSegmentsApart),
-        tile_steps(steps_of_tile(joined ? owner.p.layout.steps : owner.p.layout.segment_steps)),
+        tile_steps(steps_of_tile(owner.p.layout.segment_steps)),
         gathered_steps(kGatheredBytes / 4 / tile_steps * tile_steps),
         rows_along(static_cast<int>(ceil_div(kTileRows / 4, max_i(1, owner.p.layout.steps / tile_steps)))) {
     TileConfiguration tiles;
@@ -367,7 +365,7 @@ class AmxKernel : public DenseEpilogue {
     if (kept > 0) {  // the rows that the panel before met
       return multiply_run(gathered_rows[0], gathered_rows[second_row], kGatheredStride, kGatheredStride, in, gathered_offset, kept);
     }
-    const bool direct = strided && in.row_step == 0 && !joined;
+    const bool direct = strided && in.row_step == 0;
     if (direct && of_whole_tiles(in)) {
       const int64_t x = group_offset(panel, 0);
       return multiply_steps({in.rows[0] + x, in.rows[second_row] + x, stride[0], stride[1], group_offset(panel, panel.blocks - 1) - x, in.weights, in.block_bytes,
@@ -620,7 +618,6 @@ class AmxKernel : public DenseEpilogue {
   int32_t* const held_end;
   const DenseDriver& driver;
   const int64_t part_rows;
-  const bool joined;  ///< segments are a few bytes, and several of them are gathered into a tile
   const int64_t tile_steps, gathered_steps;
   const int rows_along;  ///< fours of a pending tile's rows with each step
   bool strided = false;
