@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .files import replacing
 from .metrics import joined_outputs, outputs_of, sqnr
 from .model import QuantizedModel
-from .quantize import capture
+from .quantize import capture, check_float_model, positional_limit
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity
@@ -157,7 +157,8 @@ def compare(
     """Run a float32 model and its quantized versions on the same images.
 
     qmodels: one QuantizedModel (its name becomes its strategy), or {name: QuantizedModel}; "float32" is taken.
-    batches: float32 [N, ...] model inputs (a tuple of them for a model with several inputs), gone through once.
+    batches: float [N, ...] model inputs (a tuple or list of them for a model with several inputs; what it does not take, labels for example, is
+        ignored, as by quantize()), gone through once.
     labels: class index of each image, in the batches' order, -1 where unknown; None: no top-1.
     shift: name for the rows. layer_images: this many first images give the layers' SQNR and the clipped share.
     measure_batch: images per call when latency and peak memory are measured (cut to the first batch's size).
@@ -167,22 +168,25 @@ def compare(
     A model with several outputs is judged by the SQNR of all of them together.
     The clipped share is clipped values / written values, over all int8 layers.
 
-    Raises ValueError for no images, labels that do not match them in number, or no model to compare.
+    Raises ValueError for no images, labels that do not match them in number, or no model to compare; TypeError for models of another kind.
     """
-    if not isinstance(qmodels, dict):
+    check_float_model(float_model)
+    if isinstance(qmodels, QuantizedModel):
         qmodels = {qmodels.settings["strategy"]: qmodels}
+    if not isinstance(qmodels, dict) or not all(isinstance(qmodel, QuantizedModel) for qmodel in qmodels.values()):
+        raise TypeError(f"probquant: qmodels is a {type(qmodels).__name__}, want a QuantizedModel, or a dict of them by name")
     if not qmodels or FLOAT32 in qmodels:
-        raise ValueError(f"qmodels must hold at least one model, none named {FLOAT32!r}; got {list(qmodels)}")
+        raise ValueError(f"probquant: qmodels must hold at least one model, none named {FLOAT32!r}; got {list(qmodels)}")
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
 
     image_sqnr: dict[str, list[float]] = {name: [] for name in qmodels}
     classes: dict[str, list[Tensor]] = {name: [] for name in (FLOAT32, *qmodels)}
     layers = {name: _LayerStatistics() for name in qmodels}
-    first, seen, layers_seen = None, 0, 0
+    first, seen, layers_seen, limit = None, 0, 0, positional_limit(float_model)
 
     with torch.no_grad(), tqdm(desc=f"comparing on {shift} images", unit=" images", disable=not progress) as bar:
         for batch in batches:
-            inputs = batch if isinstance(batch, tuple) else (batch,)
+            inputs = tuple(batch)[:limit] if isinstance(batch, (tuple, list)) else (batch,)
             n = len(inputs[0])
             if n == 0:
                 continue
@@ -206,9 +210,9 @@ def compare(
             seen += n
             bar.update(n)
     if first is None:
-        raise ValueError("there are no images in batches")
+        raise ValueError("probquant: there are no images in batches")
     if labels is not None and len(labels) != seen:
-        raise ValueError(f"{len(labels)} labels for {seen} images")
+        raise ValueError(f"probquant: {len(labels)} labels for {seen} images")
 
     models = {FLOAT32: float_model, **qmodels}
     small = tuple(x[:measure_batch] for x in first)

@@ -191,6 +191,8 @@ def _layer_unit(graph_module: fx.GraphModule, node: fx.Node) -> Unit | None:
         unit.reason = f"{math.prod(weight.shape[1:])} weights per output overflow an int32 sum (limit {_MAX_SUM})"
     if len(shape_of(node.args[0]) or (0, 0)) < 2:
         unit.reason = "its input has no batch dimension"
+    if weight.dtype == torch.float64:
+        unit.reason = "it computes in float64, int8 layers take float32, float16 and bfloat16"
     unit.weight = (weight.permute(0, 2, 3, 1) if kind == "conv2d" else weight).float().contiguous()
     unit.bias = None if bias is None else bias.float().contiguous()
     if kind == "conv2d":

@@ -233,6 +233,9 @@ def _is_traced() -> bool:
     """Whether what is called now must be the graph's ops: by torch.compile, torch.export, make_fx, fake tensors, torch.jit.trace."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
+    def __str__(self) -> str:  # a GraphModule's is its code: model.print_readable()
+        return repr(self)
+
 
 class UnitTensors(nn.Module):
     """Tensors of one int8 layer: the canonical weight (what files hold) and its packed form (what kernels read)."""

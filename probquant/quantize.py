@@ -53,7 +53,7 @@ def quantize(
     exclude: Sequence[str] | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
-    """Makes an int8 model of a float one. The float model is left untouched, and so are the calibration batches: a model that writes into its
+    """Makes an int8 model of a float one, whose parameters may be float32, float16 or bfloat16. The float model is left untouched, and so are the calibration batches: a model that writes into its
     inputs becomes one that computes the same and does not.
 
     calibration_batches: iterable of float batches as the model takes them (a tensor, or a tuple of positional arguments;
@@ -81,8 +81,8 @@ def quantize(
         layers too large for that are rounded to nearest, and say so in the summary. Or "nearest": calibration is quicker.
     include, exclude: names or fnmatch patterns of layers to quantize, or to keep in float.
 
-    Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite;
-    RuntimeError when torch.export cannot capture the model.
+    Raises ValueError for bad arguments, a model with nothing to quantize, or calibration data that is empty or not finite, or makes a layer's
+    output so; TypeError for what is no float module; RuntimeError when torch.export cannot capture the model.
     """
     _check_choice("strategy", strategy, ("probabilistic", "static", "dynamic"))
     _check_choice("surrogate", surrogate, SURROGATES)
@@ -94,8 +94,7 @@ def quantize(
         raise ValueError(f"probquant: gamma is {gamma!r}, want an integer >= 0")
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"probquant: percentile is {percentile!r}, want a share in % in (0, 100]")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"probquant: model is a {type(model).__name__}, want a torch.nn.Module")
+    check_float_model(model)
 
     inputs = model_inputs(model, calibration_batches)
     example = next(inputs)
@@ -203,6 +202,11 @@ def _cached_trace(model: nn.Module, example: tuple) -> fx.GraphModule:
     return cached[1]
 
 
+def check_float_model(model) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, QuantizedModel):
+        raise TypeError(f"probquant: model is a {type(model).__name__}, want a float torch.nn.Module")
+
+
 def _check_choice(name: str, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"probquant: {name} is {value!r}, want one of {', '.join(map(repr, choices))}")
@@ -212,14 +216,14 @@ def model_inputs(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
     """Each batch as the tuple of arguments that the model takes. Raises ValueError for no batches, or a bad one."""
     if isinstance(batches, torch.Tensor):  # iterating it would give samples without their batch dimension
         raise ValueError(f"probquant: calibration_batches is a tensor {list(batches.shape)}, want an iterable of batches: [batch], or batch.split(8)")
-    limit, batch = _positional_limit(model), None
+    limit, batch = positional_limit(model), None
     for batch in batches:
         yield _inputs(batch, limit)
     if batch is None:
         raise ValueError("probquant: calibration_batches is empty, want at least one batch")
 
 
-def _positional_limit(model: nn.Module) -> int | None:
+def positional_limit(model: nn.Module) -> int | None:
     """How many positional arguments forward takes; None: any number."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -426,6 +430,8 @@ class _Plan:
 
     def observe_layer(self, raw: dict[fx.Node, torch.Tensor]) -> None:
         """Learns from the float graph's own values of one chunk of samples, or of shifted copies, what the weights are rounded and biased for."""
+        if not all(math.isfinite(end) for end in torch.aminmax(raw[self.unit.output])):
+            raise ValueError(f"probquant: the float model's output of {self.unit.name!r} is not finite for a calibration sample, or a shifted copy of one")
         fits = [fit for fit in (self.rounding_fit, self.bias_fit) if fit is not None]
         if fits:
             x, weights = raw[self.unit.inputs[0]].float(), surrogates.sample_weights(raw[self.unit.anchor])
@@ -741,10 +747,12 @@ class _Writer:
         self.graph = fx.Graph()
         self.graph._codegen = source.graph._codegen
         self.float_nodes: dict[fx.Node, fx.Node] = {}
+        self.given: dict[fx.Node, fx.Node] = {}  # float values of int8 units in another dtype, which the float model computes in
         self.codes: dict[fx.Node, tuple[fx.Node, ...]] = {}  # what int8 units write
         self.requantized: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = {}  # float values by sample dimensions
         self.sources = {unit.output: unit for unit in units if unit.int8}
         self.rows: set[fx.Node] = set()  # whose float values are rows, contiguous
+        self.written = {node for unit in units if unit.int8 for node in (unit.output, unit.total)}
         self.starts = {unit.first: unit for unit in units if unit.int8}
         self.modules = nn.Module()
         self.names = {id(plan.unit): f"{i:03d}_{plan.unit.name}".replace(".", "_").replace("#", "_") for i, plan in enumerate(plans)}
@@ -775,7 +783,7 @@ class _Writer:
         if node.target is aten.sym_size.int and node.args[0] in self.codes:  # a size is a size, of codes too
             self.float_nodes[node] = self.graph.call_function(node.target, (self.codes[node.args[0]][0], *node.args[1:]))
         else:
-            copied = self.float_nodes[node] = self.graph.node_copy(node, self.as_float)
+            copied = self.float_nodes[node] = self.graph.node_copy(node, self.as_given)
             if node.op == "get_attr":
                 copied.target = _FLOAT + node.target
 
@@ -783,6 +791,15 @@ class _Writer:
         if node not in self.float_nodes:
             self.float_nodes[node] = self.call(ops.dequantize.default, *self.codes[node][:3])
         return self.float_nodes[node]
+
+    def as_given(self, node: fx.Node) -> fx.Node:
+        """A node's value in the dtype that the float model has there: what int8 units give is float32."""
+        dtype = getattr(node.meta.get("val"), "dtype", torch.float32)
+        if node not in self.written or dtype is torch.float32:
+            return self.as_float(node)
+        if node not in self.given:
+            self.given[node] = self.call(aten._to_copy.default, self.as_float(node), dtype=dtype)
+        return self.given[node]
 
     def as_codes(self, node: fx.Node, plan: _Plan) -> tuple[fx.Node, ...]:
         """(q, scale, zero_point, stats) of a float node's value; quantized here if nobody has it in 8 bits."""
@@ -800,8 +817,10 @@ class _Writer:
         return self.requantized[node, dims]
 
     def as_rows(self, node: fx.Node) -> fx.Node:
-        """A float node's value, contiguous: as ops on rows want it, and as they give it themselves."""
+        """A float node's value, contiguous and float32: as ops on rows want it, and as they give it themselves."""
         x = self.as_float(node)
+        if node not in self.written and node.meta["val"].dtype is not torch.float32:
+            x = self.call(aten._to_copy.default, x, dtype=torch.float32)
         return x if node in self.rows else self.call(aten.contiguous.default, x)
 
     def call(self, target, *args, **kwargs) -> fx.Node:

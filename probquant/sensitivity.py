@@ -17,7 +17,7 @@ from .compare import latency, percent, text_table
 from .graph import trace
 from .metrics import joined_outputs, sqnr
 from .model import QuantizedModel
-from .quantize import chunks_for, model_inputs, quantize, quantize_graph
+from .quantize import check_float_model, chunks_for, model_inputs, quantize, quantize_graph
 
 
 @dataclass
@@ -78,9 +78,12 @@ def sensitivity(
     most, minimum_gain: the proposal takes at most so many layers, each of which gains at least so many dB by itself; it is
     measured as a whole. rounds: calls that the latency is the median of (one image).
 
-    The time is that of one calibration per layer: a few dozen images do. Raises ValueError when no layer matches, and what
-    quantize() raises.
+    The time is that of one calibration per layer: a few dozen images do. Raises TypeError for other settings, ValueError when no layer
+    matches, and what quantize() raises.
     """
+    check_float_model(model)
+    if not isinstance(settings, (QuantizedModel, dict)):
+        raise TypeError(f"probquant: settings is a {type(settings).__name__}, want a QuantizedModel, or keyword arguments of quantize() as a dict")
     batches = list(batches)
     given = dict(settings.settings) if isinstance(settings, QuantizedModel) else dict(settings)
     if isinstance(settings, QuantizedModel):  # its float layers stay float

@@ -140,6 +140,17 @@ def test_wrong_arguments_are_named(model, qmodels, batches):
         compare(model, {"float32": qmodels["static"]}, batches, progress=False)
     with pytest.raises(ValueError, match="at least one"):
         compare(model, {}, batches, progress=False)
+    with pytest.raises(TypeError, match="qmodels is a list, want a QuantizedModel, or a dict of them by name"):
+        compare(model, [qmodels["static"]], batches, progress=False)
+    with pytest.raises(TypeError, match="model is a QuantizedModel, want a float torch.nn.Module"):
+        compare(qmodels["static"], qmodels, batches, progress=False)
+
+
+def test_batches_may_come_with_labels(model, qmodels, batches, result):
+    """As a DataLoader gives them: lists of images and labels."""
+    labelled = [[batch, torch.zeros(len(batch))] for batch in batches]
+    found = compare(model, qmodels, labelled, shift="test", layer_images=8, rounds=1, progress=False)
+    assert found.image_sqnr == result.image_sqnr
 
 
 def test_table_json_and_joining(result, tmp_path):

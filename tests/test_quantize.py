@@ -326,6 +326,7 @@ def test_layers_that_cannot_be_int8_are_told(layer, shape):
     told = {info.name: info for info in qmodel.layers}
     assert not told["other"].int8 and told["other"].reason
     assert "2 of 3 layers with weights run in int8, 1 stay float" in str(qmodel.summary())
+    assert "2 int8 layers" in str(qmodel) and "\n" not in str(qmodel)
     close(run(qmodel, (x,)), wanted)
 
 
@@ -353,9 +354,10 @@ def test_bad_arguments(options, message):
         pq.quantize(float_model("mobilenet"), [models.images("mobilenet", 2)], progress=False, **options)
 
 
-def test_not_a_module():
-    with pytest.raises(TypeError, match="model is a function, want a torch.nn.Module"):
-        pq.quantize(lambda x: x, [torch.zeros(1, 3)], progress=False)
+@pytest.mark.parametrize("make", [lambda: lambda x: x, lambda: quantized("mobilenet")], ids=["function", "QuantizedModel"])
+def test_not_a_float_module(make):
+    with pytest.raises(TypeError, match="model is a (function|QuantizedModel), want a float torch.nn.Module"):
+        pq.quantize(make(), [torch.zeros(1, 3)], progress=False)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -415,6 +417,49 @@ def test_weights_must_be_finite():
         model.classifier[1].weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="weight or bias of layer 'classifier.1' is not finite"):
         pq.quantize(model, [models.images("mobilenet", 2)], progress=False)
+
+
+@pytest.mark.parametrize("spoilt", ["nan", "inf"])
+def test_what_the_model_computes_must_be_finite(spoilt):
+    class Spoilt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.second(torch.log(self.first(x)) if spoilt == "nan" else torch.relu(self.first(x)).reciprocal())
+
+    with pytest.raises(ValueError, match="output of 'second' is not finite for a calibration sample, or a shifted copy of one"):
+        pq.quantize(Spoilt().eval(), [torch.rand(4, 3, 8, 8)], strategy="static", progress=False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_half_precision(dtype, strategy):
+    """With float layers and norms among the int8 ones: each gets what it computes in, and the outputs are of the float model's dtype."""
+
+    class Islands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.PReLU(), nn.ConvTranspose2d(16, 16, 2, 2)
+            self.second, self.norms, self.rows = nn.Conv2d(16, 8, 3), nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)]), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = torch.relu(self.second(self.up(self.act(self.first(x))))).flatten(2).mT
+            x = self.rows(self.norms[0](x)) + x
+            return x.mean(1), self.rows(self.norms[1](x)) + x
+
+    torch.manual_seed(0)
+    model, x = Islands().eval().to(dtype), torch.rand(8, 3, 12, 12).to(dtype)
+    qmodel = pq.quantize(model, [x], strategy=strategy, progress=False)
+    actual, expected = run(qmodel, (x,)), run(model, (x,))
+    assert [y.dtype for y in actual] == [dtype, dtype]
+    close(actual, expected)
+
+
+def test_models_of_double_precision():
+    with pytest.raises(ValueError, match="nothing to quantize in the model: it computes in float64, int8 layers take float32, float16 and bfloat16"):
+        pq.quantize(nn.Conv2d(3, 4, 3).double(), [torch.zeros(2, 3, 8, 8).double()], progress=False)
 
 
 def test_progress_bar(capfd):

@@ -84,6 +84,11 @@ def test_no_such_layer_is_an_error(network, batches):
         pq.sensitivity(network, SETTINGS, batches, layers=["nothing"], progress=False)
 
 
+def test_arguments_in_the_wrong_order(network, batches):
+    with pytest.raises(TypeError, match="settings is a Sequential, want a QuantizedModel, or keyword arguments"):
+        pq.sensitivity(network, network, batches, progress=False)
+
+
 def test_one_layer_is_nothing_to_compare():
     with pytest.raises(ValueError, match="0 is the only int8 layer"):
         pq.sensitivity(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), SETTINGS, [torch.randn(2, 3, 8, 8)], progress=False)
