@@ -8,6 +8,7 @@ of it, an attention, or one op without weights. A unit is what becomes one op of
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import warnings
 from typing import Any
@@ -87,12 +88,13 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
 
     The model is left as it is; weights of the result are copies where folding changed them. A model that writes into its inputs
     (x.sub_(mean)) computes the same here, but the graph leaves its caller's tensors alone: calibration runs it on them again and again.
+    meta["sizes"] of the result: those that its inputs must have (check_sizes), or None.
     Raises RuntimeError when torch.export cannot capture the model.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        program, example = _export(model, example)
+        program, example, any_size = _export(model, example)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph_module = program.run_decompositions({}).module()
@@ -105,6 +107,9 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
         elif node.target is aten.copy_.default and node.args[0].op == "placeholder":  # behind all reads of the input
             node.replace_all_uses_with(node.args[1])
             graph_module.graph.erase_node(node)
+    given = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sizes = [[size if isinstance(size, int) else None for size in x.shape] if isinstance(x, torch.Tensor) else None for x in given]
+    graph_module.meta["sizes"] = None if any_size else sizes
     fold(graph_module)
     transformer.rewrite_attention(graph_module, example)
     graph_module.graph.eliminate_dead_code()
@@ -113,7 +118,8 @@ def trace(model: nn.Module, example: tuple) -> fx.GraphModule:
 
 
 def _export(model, example):
-    """(program, the example it was traced with): of any batch size where the model takes any, else of the example's."""
+    """(program, the example it was traced with, whether images may have other sizes): of any batch size where the model takes any, else of the
+    example's."""
 
     def export(inputs, **options):
         inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)  # torch.export marks what it is given
@@ -125,7 +131,7 @@ def _export(model, example):
     several = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
     try:
-        return export(several, dynamic_shapes=dynamic), several
+        program = export(several, dynamic_shapes=dynamic)
     except Exception as dynamic_error:
         try:
             program = export(example)
@@ -134,7 +140,33 @@ def _export(model, example):
         warnings.warn(
             f"probquant: {type(model).__name__} fixes its batch size at {example[0].shape[0]}: {str(dynamic_error).splitlines()[0]}", stacklevel=3
         )
-        return program, example
+        return program, example, False
+    described = _described(program)
+    larger = [x.new_empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in several]
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # would tell of every op that the larger images do not fit
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:  # tracing looks at shapes alone
+        return program, several, described == _described(export(larger, dynamic_shapes=dynamic))
+    except Exception:
+        return program, several, False
+    finally:
+        log.setLevel(level)
+
+
+def _described(program) -> tuple:
+    """What a program does, with all its constants: of a model that computes with the sizes of its images, it depends on them. Upsampling to a
+    multiple of the input's size becomes upsampling by a factor, which does not."""
+    for node in program.graph.nodes:
+        if node.target in _UPSAMPLES:
+            factor = _whole_factor(node, shape_of(node.args[0]), shape_of(node))
+            if factor:
+                node.target = next(op for op in _UPSAMPLES if op._schema.name == node.target._schema.name and op._overloadname == "vec")
+                node.args, node.kwargs = (node.args[0], None, [float(part) for part in factor]), {}
+    program.graph_module.recompile()
+    constants = [value.tolist() if isinstance(value, torch.Tensor) else value for value in program.constants.values()]
+    # a window of _ceil_padding() fits the sizes that it was made for
+    return constants, [(node.op, node.target, str(node.args), str(node.kwargs), _is_ceiled(node) and shape_of(node)[2:]) for node in program.graph.nodes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +379,7 @@ def _weightless_unit(node: fx.Node) -> Unit | None:
     if target is aten.max_pool2d.default and len(source) == 4:
         kernel, stride, padding = _window(node)
         dilation = _pair(argument(node, 4, "dilation", 1))
-        padding = _ceil_padding(source, kernel, stride, padding, dilation) if argument(node, 5, "ceil_mode", False) else padding
+        padding = _ceil_padding(source, kernel, stride, padding, dilation) if _is_ceiled(node) else padding
         return unit("max_pool2d", kernel_size=kernel, stride=stride, padding=padding, dilation=dilation)
     if target is aten.avg_pool2d.default and len(source) == 4:
         if argument(node, 4, "ceil_mode", False) or argument(node, 6, "divisor_override") is not None:
@@ -398,6 +430,10 @@ def _window(node: fx.Node) -> tuple[list[int], list[int], list[int]]:
     stride = _pair(argument(node, 2, "stride", None) or kernel)
     height, width = _pair(argument(node, 3, "padding", 0))
     return kernel, stride, [height, height, width, width]
+
+
+def _is_ceiled(node: fx.Node) -> bool:
+    return node.target is aten.max_pool2d.default and argument(node, 5, "ceil_mode", False)
 
 
 def _ceil_padding(source, kernel, stride, padding, dilation) -> list[int]:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ._ops import ops
 from .files import replacing
 from .huge_pages import side_by_side
+from .nodes import check_sizes
 from .recording import record
 from .telemetry import Telemetry
 
@@ -103,7 +104,8 @@ class Capture:
 
 
 class QuantizedModel(fx.GraphModule):
-    """An int8 model. Call it as the float model it was made from: same inputs, same outputs, any batch size.
+    """An int8 model. Call it as the float model it was made from: same inputs, same outputs, any batch size. Images may have other sizes than those
+    it was calibrated on unless the model computes with these: `sizes` holds then what is wanted of each input, and another one is a ValueError.
 
     Its graph is straight-line code over torch.ops.probquant; `units` holds the tensors of the int8 layers. Copying and
     pickling go through the same form as files do. A plain call on the CPU runs the graph's int8 ops as recorded (recording.py), which
@@ -111,10 +113,12 @@ class QuantizedModel(fx.GraphModule):
     together in huge pages.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any]):
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, units: nn.Module, layers: list[LayerInfo], settings: dict[str, Any], sizes: list[list[int | None] | None] | None
+    ):  # fmt: skip
         super().__init__(root, graph, "QuantizedModel")
         setattr(self, _UNITS, units)  # with the canonical weights, which the graph does not read
-        self.meta["layers"], self.meta["settings"] = layers, settings
+        self.meta["layers"], self.meta["settings"], self.meta["sizes"] = layers, settings, sizes
         on_cpu = [unit for unit in units.modules() if isinstance(unit, UnitTensors) and unit.packed_weight.is_cpu]
         for unit, packed in zip(on_cpu, side_by_side([unit.packed_weight for unit in on_cpu]), strict=True):
             unit.packed_weight = packed
@@ -130,6 +134,11 @@ class QuantizedModel(fx.GraphModule):
         """The arguments of quantize() that shaped the model."""
         return self.meta["settings"]
 
+    @property
+    def sizes(self) -> list[list[int | None] | None] | None:
+        """The sizes that each input must have, None where any does (the batch's); None: images of any size."""
+        return self.meta["sizes"]
+
     def recompile(self):
         code = super().recompile()
         cls = type(self)  # of this model alone: fx makes one for each
@@ -140,19 +149,25 @@ class QuantizedModel(fx.GraphModule):
             given = args if not kwargs and all(type(x) is torch.Tensor for x in args) else pytree.tree_leaves((args, kwargs))
             if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in given):
                 return graph_forward(self, *args, **kwargs)
+            if self.meta["sizes"] is not None:
+                check_sizes("the call", self._bound(args, kwargs) if kwargs else args, self.meta["sizes"])
             run, (holders, names, tensors) = self._recorded
             if run is None or not all(map(operator.is_, map(dict.get, holders, names), tensors)):  # of a hundred tensors: in C
                 if not all(x.numel() for x in given):  # whose sizes tell nothing
                     return graph_forward(self, *args, **kwargs)
-                bound = inspect.signature(graph_forward).bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                run = record(self, bound.args[1:], hold=True) or functools.partial(graph_forward, self)
+                run = record(self, self._bound(args, kwargs), hold=True) or functools.partial(graph_forward, self)
                 self.__dict__["_recorded"] = (run, self._tensors_read())
             return run(*args, **kwargs)
 
         cls.forward = forward
         self.__dict__["_recorded"] = _NOTHING_RECORDED
         return code
+
+    def _bound(self, args: tuple, kwargs: dict) -> tuple:
+        """What forward's parameters are in a call."""
+        bound = inspect.signature(type(self).forward).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        return bound.args[1:]
 
     def _tensors_read(self) -> tuple[tuple[dict, ...], tuple[str, ...], tuple[torch.Tensor, ...]]:
         """Of each tensor that the graph reads: where it is held, by which name, and itself."""
@@ -186,6 +201,7 @@ class QuantizedModel(fx.GraphModule):
 
     def capture(self, *inputs) -> tuple[Any, dict[str, Capture]]:
         """Runs the model and returns (output, {layer name: Capture})."""
+        check_sizes("the call", inputs, self.sizes)
         captures: dict[str, Capture] = {}
 
         class Recorder(fx.Interpreter):
@@ -220,6 +236,9 @@ class QuantizedModel(fx.GraphModule):
         count = sum(layer.int8 for layer in self.layers)
         return f"QuantizedModel(strategy={self.settings.get('strategy')!r}, {count} int8 layers; print(model.summary()) lists them)"
 
+    def __str__(self) -> str:  # a GraphModule's is its code: model.print_readable()
+        return repr(self)
+
 
 def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
     q, scale, zero_point, stats = result[:4]
@@ -232,9 +251,6 @@ def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
 def _is_traced() -> bool:
     """Whether what is called now must be the graph's ops: by torch.compile, torch.export, make_fx, fake tensors, torch.jit.trace."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-
-    def __str__(self) -> str:  # a GraphModule's is its code: model.print_readable()
-        return repr(self)
 
 
 class UnitTensors(nn.Module):
@@ -321,6 +337,7 @@ def _header(qmodel: QuantizedModel) -> dict:
         "layers": [dataclasses.asdict(layer) for layer in qmodel.layers],
         "settings": qmodel.settings,
         "choice": qmodel.meta.get("choice", ""),
+        "sizes": qmodel.sizes,
         "groups": {name: unit.groups for name, unit in getattr(qmodel, _UNITS).named_children() if hasattr(unit, "groups")},
         "nodes": [_encode_node(node) for node in qmodel.graph.nodes],
         "pytree": None
@@ -382,7 +399,7 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
         p = header["pytree"]
         out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
         graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(p["arguments"], pytree.treespec_loads(p["in_spec"]), out_spec))
-    qmodel = QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"])
+    qmodel = QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"], header.get("sizes"))
     qmodel.meta["choice"] = header.get("choice", "")
     return qmodel
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -34,6 +35,18 @@ def shape_of(node: fx.Node) -> tuple | None:
 def same_size(a, b) -> bool:
     """Of two sizes that may be symbolic: compared without a guard."""
     return str(a) == str(b)
+
+
+def check_sizes(what: str, inputs, sizes: list[list[int | None] | None] | None) -> None:
+    """Raises ValueError unless a graph's inputs have the sizes it computes with; None: any."""
+    if not all(isinstance(x, torch.Tensor) for x in inputs):
+        inputs = pytree.tree_leaves(inputs)
+    for i, (x, wanted) in enumerate(zip(inputs, sizes or (), strict=False)):
+        if wanted is None or not isinstance(x, torch.Tensor):
+            continue
+        if len(x.shape) != len(wanted) or any(size != want and want is not None for size, want in zip(x.shape, wanted, strict=True)):
+            text = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise ValueError(f"probquant: {what} has shape {list(x.shape)} for input {i}, want [{text}]: the model computes with the sizes it was captured with")
 
 
 def fixes_batch(graph: fx.Graph) -> bool:

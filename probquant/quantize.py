@@ -26,7 +26,7 @@ from ._ops import Activation, Strategy, ops
 from .graph import PASSES_THROUGH, Unit, aten, choose_int8, find_units, reads_codes, shape_of, trace
 from .influence import Look, channel_axis, look
 from .model import Capture, LayerInfo, QuantizedModel, make_unit, set_tensor, validate
-from .nodes import fixes_batch
+from .nodes import check_sizes, fixes_batch
 from .profiles import apply_profiles, choose_powers, find_components, input_factors, usual_noise
 from .transformer import aliases
 
@@ -264,8 +264,14 @@ def _selector(units: list[Unit], include, exclude):
 
 
 def chunks_for(graph_module: fx.GraphModule, batches: Iterable[tuple]) -> Iterator[tuple]:
-    """What runs through the graph at once: the batches as they come, where it takes no others."""
-    return iter(batches) if fixes_batch(graph_module.graph) else inputs_in_chunks(batches)
+    """What runs through the graph at once: the batches as they come, where it takes no others. Raises ValueError for one of sizes that it does not take."""
+
+    def checked() -> Iterator[tuple]:
+        for inputs in batches:
+            check_sizes("a calibration batch", inputs, graph_module.meta["sizes"])
+            yield inputs
+
+    return checked() if fixes_batch(graph_module.graph) else inputs_in_chunks(checked())
 
 
 def inputs_in_chunks(batches: Iterable[tuple]) -> Iterator[tuple]:
@@ -772,7 +778,8 @@ class _Writer:
             if node.op == "get_attr" and node.target.startswith(_FLOAT):
                 value = operator.attrgetter(node.target[len(_FLOAT) :])(self.source)
                 set_tensor(root, node.target, value.detach().clone())
-        return QuantizedModel(root, self.graph, self.modules, [self.layer_info(u) for u in self.units if self.is_told(u)], self.settings)
+        layers = [self.layer_info(unit) for unit in self.units if self.is_told(unit)]
+        return QuantizedModel(root, self.graph, self.modules, layers, self.settings, self.source.meta["sizes"])
 
     @staticmethod
     def is_told(unit: Unit) -> bool:

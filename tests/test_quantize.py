@@ -601,6 +601,63 @@ def test_a_fixed_batch_size_is_told(batch):
     close(run(qmodel, (x,)), run(model, (x,)))
 
 
+class Sized(nn.Module):
+    """Two convolutions and what makes images, or rows, of theirs."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.first, self.second, self.end = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), end
+
+    def forward(self, x):
+        fine = torch.relu(self.first(x))
+        return self.end(x, fine, torch.relu(self.second(fine)))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x, fine, coarse: coarse.mean((2, 3)),
+        lambda x, fine, coarse: fine + F.interpolate(coarse, size=fine.shape[2:]),  # a feature pyramid's
+        lambda x, fine, coarse: torch.cat([fine, F.interpolate(coarse, scale_factor=2)], 1),
+    ],
+    ids=["mean", "size", "factor"],
+)
+def test_images_of_other_sizes(end):
+    model, x = Sized(end).eval(), torch.rand(8, 3, 16, 16)
+    qmodel = pq.quantize(model, [x, torch.rand(8, 3, 24, 16)], strategy="dynamic", progress=False)
+    assert qmodel.sizes is None
+    for size in ((16, 16), (40, 24)):
+        image = torch.rand(2, 3, *size)
+        close(run(qmodel, (image,)), run(model, (image,)))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x, fine, coarse: coarse.sum((2, 3)) / (coarse.shape[2] * coarse.shape[3]),
+        lambda x, fine, coarse: coarse.sum((2, 3)) / torch.tensor(coarse.shape[2:]).prod(),
+        lambda x, fine, coarse: F.avg_pool2d(coarse, coarse.shape[2:]),
+        lambda x, fine, coarse: F.interpolate(coarse, size=x.shape[2:], mode="bilinear"),
+        lambda x, fine, coarse: F.max_pool2d(fine, 3, 2, ceil_mode=True),
+        lambda x, fine, coarse: coarse.reshape(x.shape[0], 8, 16).mean(2),
+    ],
+    ids=["count", "constant", "window", "size", "ceil_mode", "reshape"],
+)
+def test_images_of_other_sizes_than_the_model_computes_with(end, tmp_path):
+    """Wrong results without an error are the worst there is."""
+    model, x = Sized(end).eval(), torch.rand(8, 3, 16, 16)
+    qmodel = pq.quantize(model, [x], strategy="dynamic", progress=False)
+    assert qmodel.sizes == [[None, 3, 16, 16]]
+    close(run(qmodel, (x[:3],)), run(model, (x[:3],)))
+    pq.save(qmodel, tmp_path / "sized.safetensors")
+    message = r"the call has shape \[2, 3, 16, 20\] for input 0, want \[any, 3, 16, 16\]"
+    for call in (qmodel, pq.load(tmp_path / "sized.safetensors"), copy.deepcopy(qmodel), lambda x: qmodel(x=x), qmodel.capture):
+        with pytest.raises(ValueError, match=message):
+            call(torch.rand(2, 3, 16, 20))
+    with pytest.raises(ValueError, match=r"a calibration batch has shape \[8, 3, 18, 18\] for input 0, want \[any, 3, 16, 16\]"):
+        pq.quantize(model, [x, torch.rand(8, 3, 18, 18)], strategy="dynamic", progress=False)
+
+
 def test_what_cannot_be_exported_is_told():
     class Branches(nn.Module):
         def __init__(self):
