@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import inspect
 import json
+import keyword
+import math
 import operator
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,7 +354,10 @@ def _header(qmodel: QuantizedModel) -> dict:
 
 
 def load(path: str | os.PathLike) -> QuantizedModel:
-    """Reads a model that save() wrote. Raises FileNotFoundError, or ValueError for a file that is not one or is damaged."""
+    """Reads a model that save() wrote. Raises FileNotFoundError, or ValueError for a file that is not one or is damaged.
+
+    A file from elsewhere can run no code of its own: its graph calls ops that are registered with torch, and arithmetic on sizes.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"probquant: no file {path}")
@@ -390,15 +396,18 @@ def _rebuild(header: dict, tensors: dict[str, torch.Tensor]) -> QuantizedModel:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in header["nodes"]:
-        node = graph.create_node(
-            entry["op"], _decode_target(entry), _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes), name=entry["name"]
-        )
+        args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
+        node = graph.create_node(entry["op"], _decode_target(entry), args, kwargs, name=_checked_name(entry["name"]))
         nodes[entry["name"]] = node
         node.meta.update({key: entry[key] for key in ("layer", "profile") if key in entry})
     if header["pytree"] is not None:
         p = header["pytree"]
-        out_spec = None if p["out_spec"] is None else pytree.treespec_loads(p["out_spec"])
-        graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(p["arguments"], pytree.treespec_loads(p["in_spec"]), out_spec))
+        in_spec, out_spec = (None if p[name] is None else pytree.treespec_loads(p[name]) for name in ("in_spec", "out_spec"))
+        arguments = [_checked_name(name) for name in p["arguments"]]
+        if in_spec.num_children == 2 and in_spec.child(1).type is dict:  # of keywords
+            for name in in_spec.child(1).context:
+                _checked_name(name)
+        graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(arguments, in_spec, out_spec))
     qmodel = QuantizedModel(root, graph, units, [LayerInfo(**layer) for layer in header["layers"]], header["settings"], header.get("sizes"))
     qmodel.meta["choice"] = header.get("choice", "")
     return qmodel
@@ -426,6 +435,13 @@ def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
     root.register_buffer(leaf, tensor)
 
 
+#: What a saved graph calls beside torch's ops: arithmetic on sizes, and picking one of several results.
+_FUNCTIONS = {f"operator:{name}": getattr(operator, name) for name in (
+    "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_",
+)} | {f"math:{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")}  # fmt: skip
+_REACH_FILES = ("op:aten.from_file.default", "op:aten.from_file.out")
+
+
 def _encode_node(node: fx.Node) -> dict:
     entry = {"op": node.op, "name": node.name, "target": _encode_target(node.target), "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
     entry.update({key: node.meta[key] for key in ("layer", "profile") if key in node.meta})
@@ -437,22 +453,33 @@ def _encode_target(target) -> str:
         return target
     if isinstance(target, torch._ops.OpOverload):
         return f"op:{target.namespace}.{target._opname}.{target._overloadname}"
-    if getattr(target, "__module__", "") in ("_operator", "operator", "math"):
-        return f"{'math' if target.__module__ == 'math' else 'operator'}:{target.__name__}"
+    for name, function in _FUNCTIONS.items():
+        if target is function:
+            return name
     raise TypeError(f"probquant: cannot save a graph that calls {target}")
 
 
 def _decode_target(entry: dict):
-    target = entry["target"]
-    if entry["op"] != "call_function":
+    kind, target = entry["op"], entry["target"]
+    if kind in ("placeholder", "output"):
+        return _checked_name(target)
+    if kind == "get_attr" and re.fullmatch(r"[^\\\"\0-\x1f]+", target):
         return target
-    kind, name = target.split(":", 1)
-    if kind == "op":
-        namespace, op, overload = name.split(".")
-        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
-    if kind == "operator":
-        return getattr(operator, name)
-    raise ValueError(f"unknown function {target!r}")
+    if kind == "call_function" and target in _FUNCTIONS:
+        return _FUNCTIONS[target]
+    if kind == "call_function" and target.startswith("op:") and target not in _REACH_FILES:
+        namespace, op, overload = target[len("op:") :].split(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+    raise ValueError(f"a graph has no {kind} of {target!r}")
+
+
+def _checked_name(name: str) -> str:
+    """torch.fx writes Python code with the names of a graph, and compiles it."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{name!r} cannot be a name in a graph")
+    return name
 
 
 _TORCH_VALUES = {str(value): value for value in vars(torch).values() if isinstance(value, (torch.dtype, torch.layout, torch.memory_format))}
@@ -484,7 +511,7 @@ def _decode(value: dict, nodes: dict[str, fx.Node]):
         items = [_decode(v, nodes) for v in content]
         return items if kind == "list" else tuple(items)
     if kind == "dict":
-        return {k: _decode(v, nodes) for k, v in content.items()}
+        return {_checked_name(k): _decode(v, nodes) for k, v in content.items()}
     if kind == "torch":
         return _TORCH_VALUES[content]
     if kind == "device":

@@ -785,12 +785,30 @@ def first(tensors, leaf):
     return next(name for name in tensors if name.endswith(f".{leaf}"))
 
 
+def first_node(header, op):
+    return next(node for node in header["nodes"] if node["op"] == op)
+
+
+CODE = "__import__('os').abort()"
 DAMAGES = {
     "format": lambda h, t: h.update(format=99),
     "no nodes": lambda h, t: h.pop("nodes"),
     "no layers": lambda h, t: h.update(layers=None),
     "an unknown op": lambda h, t: next(n for n in h["nodes"] if "conv2d" in n["target"]).update(target="op:probquant.conv9d.default"),
     "an unknown function": lambda h, t: next(n for n in h["nodes"] if "conv2d" in n["target"]).update(target="os:system"),
+    "a function that calls": lambda h, t: first_node(h, "call_function").update(target="operator:call"),
+    "a function that finds anything": lambda h, t: first_node(h, "call_function").update(target="operator:attrgetter"),
+    "a method": lambda h, t: first_node(h, "call_function").update(op="call_method", target="numpy"),
+    "a file": lambda h, t: first_node(h, "call_function").update(target="op:aten.from_file.default"),
+    "no overload": lambda h, t: first_node(h, "call_function").update(target="op:aten.add.__call__"),
+    "code as a node's name": lambda h, t: first_node(h, "call_function").update(name=f"x={CODE}"),
+    "code as an input": lambda h, t: first_node(h, "placeholder").update(target=f"x={CODE}"),
+    "code as an argument": lambda h, t: h["pytree"].update(arguments=[f"x={CODE}"]),
+    "code as a keyword": lambda h, t: h["pytree"].update(
+        arguments=["x", "y"], in_spec=pytree.treespec_dumps(pytree.tree_structure(((0,), {f"y':{CODE},'": 0})))
+    ),
+    "code as an option": lambda h, t: first_node(h, "call_function").update(kwargs={"dict": {f"x={CODE}": {"value": 1}}}),
+    "code as a tensor's name": lambda h, t: first_node(h, "get_attr").update(target=f'a"+{CODE}+"'),
     "an unknown node": lambda h, t: h["nodes"][-1].update(args={"tuple": [{"node": "nobody"}]}),
     "an unknown value": lambda h, t: h["nodes"][-1].update(args={"tuple": [{"pickle": "x"}]}),
     "a wrong tree": lambda h, t: h["pytree"].update(in_spec="[]"),
