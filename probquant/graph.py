@@ -8,6 +8,7 @@ of it, an attention, or one op without weights. A unit is what becomes one op of
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import warnings
@@ -130,6 +131,10 @@ def _export(model, example):
     # torch.export specialises sizes 0 and 1, so a batch that may vary has at least two images.
     several = tuple(torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == 1 else x for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(x, torch.Tensor) and x.dim() > 0 else None for x in example)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # forward(self, x, *others): torch.export takes the others as one argument
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        dynamic = (*dynamic[:named], dynamic[named:]) if len(dynamic) > named else dynamic
     try:
         program = export(several, dynamic_shapes=dynamic)
     except Exception as dynamic_error:

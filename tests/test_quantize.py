@@ -601,6 +601,21 @@ def test_a_fixed_batch_size_is_told(batch):
     close(run(qmodel, (x,)), run(model, (x,)))
 
 
+def test_any_number_of_inputs():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x, *others):
+            return self.conv(x), sum(others) * x.shape[0]
+
+    model, inputs = Several().eval(), (torch.rand(4, 3, 8, 8), torch.rand(4, 2), torch.rand(4, 2))
+    qmodel = pq.quantize(model, [inputs], strategy="dynamic", progress=False)
+    some = pick(inputs, slice(3))
+    close(run(qmodel, some), run(model, some))
+
+
 class Sized(nn.Module):
     """Two convolutions and what makes images, or rows, of theirs."""
 
