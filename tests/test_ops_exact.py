@@ -76,7 +76,7 @@ def test_activation_functions_are_close_to_the_true_ones():
     functions = {1: torch.nn.functional.silu, 2: torch.nn.functional.gelu, 3: torch.nn.functional.hardswish, 4: torch.sigmoid}
     for kind, function in functions.items():
         error = (torch.from_numpy(oracle.activate(kind, x.numpy())).double() - function(x.double())).abs() / (1 + x.abs())
-        assert float(error.max()) < {2: 3e-6}.get(kind, 1e-6), kind
+        assert float(error.max()) < 1e-6, kind
     far = np.float32([5, 5.1, 88, 1e30])
     assert np.array_equal(oracle.gelu(far), far) and not oracle.gelu(-far).any()
 

@@ -76,42 +76,48 @@ PROBQUANT_HOST_DEVICE inline Code round_to_code(float t, int32_t zero_point) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations
 
-/// e^x for x in [-87, 87] (clamped to it): Cody-Waite reduction and Cephes' minimax polynomial, within 2 ulp.
+// Polynomials, from the highest power down. Types, since no device function reads an array of the host's.
+
+/// (e^r - 1 - r) / r^2 for |r| <= log(2) / 2: Cephes' minimax polynomial.
+struct ExpPolynomial {
+  static constexpr int kTerms = 6;
+  float of[kTerms] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+/// p of the normal distribution function 0.5 + a p(a^2), in powers of a^2 - 12.5, whose terms do not cancel: the one whose gelu errs least, less than
+/// 6e-7 (1 + |x|), among those that make it 0 and x, exactly, from 5 on.
+struct GeluPolynomial {
+  static constexpr int kTerms = 12;
+  float of[kTerms] = {-1.04934380e-15f, 3.58216772e-14f, -4.87572547e-13f, 8.08780820e-12f,
+                      -2.16874199e-10f, 4.48719595e-09f, -7.72570701e-08f, 1.28198008e-06f,
+                      -2.06829100e-05f, 3.29798233e-04f, -5.62385423e-03f, 1.41363665e-01f};
+};
+
+template <class Polynomial>
+PROBQUANT_HOST_DEVICE inline float horner_f(float x) {
+  constexpr Polynomial p{};
+  float sum = p.of[0];
+  for (int i = 1; i < Polynomial::kTerms; ++i) sum = fmaf(sum, x, p.of[i]);
+  return sum;
+}
+
+/// e^x for x in [-87, 87] (clamped to it): Cody-Waite reduction, within 2 ulp.
 PROBQUANT_HOST_DEVICE inline float exp_f(float x) {
   x = clamp_f(x, -87.0f, 87.0f);
   const float n = rintf(x * 1.44269504088896341f);
   float r = fmaf(n, -0.693359375f, x);
   r = fmaf(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fmaf(p, r, 1.3981999507e-3f);
-  p = fmaf(p, r, 8.3334519073e-3f);
-  p = fmaf(p, r, 4.1665795894e-2f);
-  p = fmaf(p, r, 1.6666665459e-1f);
-  p = fmaf(p, r, 5.0000001201e-1f);
-  p = fmaf(p, r * r, r) + 1.0f;
+  const float p = fmaf(horner_f<ExpPolynomial>(r), r * r, r) + 1.0f;
   const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   float power;
   memcpy(&power, &bits, sizeof power);
   return p * power;
 }
 
-/// x times the normal distribution function of x, which is 0.5 + a p(a^2): p is the polynomial of degree 11 whose gelu errs least, less than 3e-6,
-/// among those that make it 0 and x, exactly, from 5 on, where a stays. In powers of a^2 - 12.5, whose terms do not cancel.
+/// x times the normal distribution function of x.
 PROBQUANT_HOST_DEVICE inline float gelu_f(float x) {
-  const float a = clamp_f(x, -5.0f, 5.0f), w = fmaf(a, a, -12.5f);
-  float p = -8.99063958e-16f;
-  p = fmaf(p, w, 3.40859272e-14f);
-  p = fmaf(p, w, -5.37368110e-13f);
-  p = fmaf(p, w, 8.64760780e-12f);
-  p = fmaf(p, w, -2.11122925e-10f);
-  p = fmaf(p, w, 4.42530501e-09f);
-  p = fmaf(p, w, -7.75306859e-08f);
-  p = fmaf(p, w, 1.28470140e-06f);
-  p = fmaf(p, w, -2.06780696e-05f);
-  p = fmaf(p, w, 3.29757720e-04f);
-  p = fmaf(p, w, -5.62387472e-03f);
-  p = fmaf(p, w, 1.41363755e-01f);
-  return x * (a * p + 0.5f);
+  const float a = clamp_f(x, -5.0f, 5.0f);
+  return x * (a * horner_f<GeluPolynomial>(fmaf(a, a, -12.5f)) + 0.5f);
 }
 
 PROBQUANT_HOST_DEVICE inline float sigmoid_f(float x) { return 1.0f / (1.0f + exp_f(-x)); }

@@ -18,17 +18,21 @@ inline void store(void* at, __m256i v) { _mm256_store_si256(static_cast<__m256i*
 inline __m256 clamp_ps(__m256 t, __m256 lo, __m256 hi) { return _mm256_min_ps(_mm256_max_ps(t, lo), hi); }
 inline __m256 negate_ps(__m256 x) { return _mm256_xor_ps(x, _mm256_set1_ps(-0.0f)); }
 
+/// horner_f() of numerics.h.
+template <class Polynomial>
+__attribute__((always_inline)) inline __m256 horner_ps(__m256 x) {
+  constexpr Polynomial p{};
+  __m256 sum = _mm256_set1_ps(p.of[0]);
+  for (int i = 1; i < Polynomial::kTerms; ++i) sum = _mm256_fmadd_ps(sum, x, _mm256_set1_ps(p.of[i]));
+  return sum;
+}
+
 inline __m256 exp_ps(__m256 x) {
   x = clamp_ps(x, _mm256_set1_ps(-87.0f), _mm256_set1_ps(87.0f));
   const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-0.693359375f), x);
   r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
-  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+  __m256 p = horner_ps<ExpPolynomial>(r);
   p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
@@ -36,19 +40,7 @@ inline __m256 exp_ps(__m256 x) {
 
 inline __m256 gelu_ps(__m256 x) {
   const __m256 a = clamp_ps(x, _mm256_set1_ps(-5.0f), _mm256_set1_ps(5.0f)), w = _mm256_fmadd_ps(a, a, _mm256_set1_ps(-12.5f));
-  __m256 p = _mm256_set1_ps(-8.99063958e-16f);
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(3.40859272e-14f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-5.37368110e-13f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(8.64760780e-12f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-2.11122925e-10f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(4.42530501e-09f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-7.75306859e-08f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(1.28470140e-06f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-2.06780696e-05f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(3.29757720e-04f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(-5.62387472e-03f));
-  p = _mm256_fmadd_ps(p, w, _mm256_set1_ps(1.41363755e-01f));
-  return _mm256_mul_ps(x, _mm256_add_ps(_mm256_mul_ps(a, p), _mm256_set1_ps(0.5f)));
+  return _mm256_mul_ps(x, _mm256_add_ps(_mm256_mul_ps(a, horner_ps<GeluPolynomial>(w)), _mm256_set1_ps(0.5f)));
 }
 
 inline __m256 sigmoid_ps(__m256 x) {

@@ -28,6 +28,15 @@ inline void dot(__m512i& accumulator, __m512i x, __m512i weights) {
 inline __m512 clamp_ps(__m512 t, __m512 lo, __m512 hi) { return _mm512_min_ps(_mm512_max_ps(t, lo), hi); }
 inline __m512 negate_ps(__m512 x) { return _mm512_xor_ps(x, _mm512_set1_ps(-0.0f)); }
 
+/// horner_f() of numerics.h.
+template <class Polynomial>
+__attribute__((always_inline)) inline __m512 horner_ps(__m512 x) {
+  constexpr Polynomial p{};
+  __m512 sum = _mm512_set1_ps(p.of[0]);
+  for (int i = 1; i < Polynomial::kTerms; ++i) sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(p.of[i]));
+  return sum;
+}
+
 /// rint: behind 2^23 floats are integers, and float additions do not compete with the products of tiles. |x| < 2^22.
 inline __m512 exp_ps(__m512 x) {
   x = clamp_ps(x, _mm512_set1_ps(-87.0f), _mm512_set1_ps(87.0f));
@@ -35,31 +44,14 @@ inline __m512 exp_ps(__m512 x) {
   const __m512 n = _mm512_sub_ps(shifted, shift);
   __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  __m512 p = horner_ps<ExpPolynomial>(r);
   p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));  // times 2^n, normal
 }
 
 inline __m512 gelu_ps(__m512 x) {
   const __m512 a = clamp_ps(x, _mm512_set1_ps(-5.0f), _mm512_set1_ps(5.0f)), w = _mm512_fmadd_ps(a, a, _mm512_set1_ps(-12.5f));
-  __m512 p = _mm512_set1_ps(-8.99063958e-16f);
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(3.40859272e-14f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-5.37368110e-13f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(8.64760780e-12f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-2.11122925e-10f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(4.42530501e-09f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-7.75306859e-08f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(1.28470140e-06f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-2.06780696e-05f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(3.29757720e-04f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(-5.62387472e-03f));
-  p = _mm512_fmadd_ps(p, w, _mm512_set1_ps(1.41363755e-01f));
-  return _mm512_mul_ps(x, _mm512_add_ps(_mm512_mul_ps(a, p), _mm512_set1_ps(0.5f)));
+  return _mm512_mul_ps(x, _mm512_add_ps(_mm512_mul_ps(a, horner_ps<GeluPolynomial>(w)), _mm512_set1_ps(0.5f)));
 }
 
 inline __m512 sigmoid_ps(__m512 x) {
