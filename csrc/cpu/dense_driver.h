@@ -12,9 +12,9 @@
 // (corners, mostly), and reads past the end of x, go through a table of pointers: into x, to a run of zero points, or to a copy.
 #pragma once
 #include "kernels.h"
+#include "scratch.h"
 
 #include <cstddef>
-#include <memory>
 
 #ifndef PROBQUANT_TILE_ROWS  // most rows of a register tile; the file that includes this may say otherwise
 #define PROBQUANT_TILE_ROWS 12
@@ -506,8 +506,7 @@ class DenseDriver {
     const int32_t zero_point = p.samples[tile.sample[i]].x_zero_point;
     if (iy < 0 || iy >= s.in_height || lo == hi) {  // padding
       const int64_t run_bytes = max_i(kPieceBytes, s.in_channels);
-      if (!zero_runs) zero_runs.reset(new uint8_t[static_cast<size_t>(kTileRows * run_bytes)]);
-      uint8_t* const run = zero_runs.get() + slot * run_bytes;
+      uint8_t* const run = zero_runs.at_least(kTileRows * run_bytes) + slot * run_bytes;
       if (zero_run_value[slot] != zero_point) {
         __builtin_memset(run, zero_point, static_cast<size_t>(run_bytes));
         zero_run_value[slot] = zero_point;
@@ -590,7 +589,7 @@ class DenseDriver {
   Segment segments[kCallSegments];
   const uint8_t* table[kCallSegments * kTileRows];
   int32_t zero_run_value[kTileRows];
-  std::unique_ptr<uint8_t[]> zero_runs;  ///< of as many bytes as all groups have, of each row; from the first padding on
+  Scratch zero_runs;  ///< of as many bytes as all groups have, of each row; from the first padding on
   uint8_t copies[kCopyBytes];
 };
 

@@ -7,29 +7,10 @@
 #pragma once
 #include "dense_driver.h"
 
-#include <cstdlib>
-#include <new>
-
 namespace probquant {
 namespace {
 
-/// Memory that a thread keeps.
-struct Scratch {
-  uint8_t* data = nullptr;
-  int64_t bytes = 0;
-
-  ~Scratch() { std::free(data); }
-  uint8_t* at_least(int64_t wanted) {
-    if (wanted <= bytes) return data;
-    std::free(data);
-    bytes = 0;
-    data = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(wanted, 64) * 64)));
-    if (!data) throw std::bad_alloc();
-    bytes = wanted;
-    return data;
-  }
-};
-thread_local Scratch copy_scratch;
+thread_local Scratch copy_scratch;  ///< a thread keeps it
 
 constexpr int64_t kPaddedBytes = 256 << 10, kPatchesBytes = 512 << 10;  ///< of a copy, at most: it stays in L2 beside the weights
 constexpr int64_t kPatchesPay = 8;  ///< bytes of weights that are not read again, per byte of such a copy: measured (6.5 gain nothing, 16 take 0.84)
@@ -37,13 +18,14 @@ constexpr int64_t kPatchesPay = 8;  ///< bytes of weights that are not read agai
 /// A layer that reads copies: what they hold, line by line.
 struct CopyLayout {
   enum class Kind { none, lines, kernel_rows, patches } kind = Kind::none;
-  const Conv2dShape& s;
+  const Conv2dShape* shape;
   int64_t line = 0;               ///< bytes
   int64_t step = 1, overlap = 0;  ///< lines from one of the output's to the next, and those that the last one needs beyond
   int64_t most = 0;               ///< bytes of a copy
 
   /// `part`: the equally distant rows that a tile takes at once, two times; 0: rows may lie anywhere.
-  CopyLayout(const LayerProblem& p, int64_t part) : s(p.shape) {
+  CopyLayout(const LayerProblem& p, int64_t part) : shape(&p.shape) {
+    const Conv2dShape& s = *shape;
     const bool padded = s.padding_top + s.padding_bottom + s.padding_left + s.padding_right > 0;
     if (padded) use(Kind::lines, s.in_width + s.padding_left + s.padding_right, kPaddedBytes);
     if (part == 0 || p.layout.segment_taps > 1 || (!padded && p.out_width * s.stride_width == s.stride_height * s.in_width)) return;
@@ -53,7 +35,7 @@ struct CopyLayout {
     const int64_t tiles = (p.out_height * ceil_div(p.out_width, part) - ceil_div(p.rows_per_sample, part)) / 2;  // that it saves
     const bool gathered = p.layout.whole_groups() && p.out_width < kShortLine;  // rows of short lines, which groups would not share
     if (tiles * p.layout.trailer_offset() < kPatchesPay * joined.line * joined.lines(p.out_height) && !gathered) return;
-    kind = joined.kind, line = joined.line, step = joined.step, overlap = joined.overlap, most = joined.most;
+    *this = joined;
   }
 
   /// Lines for so many of the output's.
@@ -61,6 +43,7 @@ struct CopyLayout {
 
   /// What of the shape a layer on copies for so many lines of so many samples sees differently.
   void set(Conv2dShape& q, int64_t samples, int64_t of_output, int64_t out_width) const {
+    const Conv2dShape& s = *shape;
     q.batch = samples;
     q.padding_top = q.padding_bottom = q.padding_left = q.padding_right = 0;
     q.in_height = lines(of_output);
@@ -81,10 +64,10 @@ struct CopyLayout {
  private:
   void use(Kind what, int64_t pixels, int64_t bytes) {
     kind = what;
-    line = pixels * s.in_channels;
+    line = pixels * shape->in_channels;
     most = bytes;
-    step = what == Kind::patches ? 1 : s.stride_height;
-    overlap = what == Kind::patches ? 0 : (s.kernel_height - 1) * s.dilation_height + 1 - step;
+    step = what == Kind::patches ? 1 : shape->stride_height;
+    overlap = what == Kind::patches ? 0 : (shape->kernel_height - 1) * shape->dilation_height + 1 - step;
   }
 };
 

@@ -62,7 +62,7 @@ class Weights {
     first = block;
     few_rows = rows <= kFewRows;
     if (few_rows) return;
-    if (blocks > room) memory.emplace(blocks * block_bytes() / 2), room = blocks;
+    memory.at_least(blocks * block_bytes());
     for (int64_t b = 0; b < blocks; ++b) sort(block + b * layout.block_bytes + sizeof(BlockHeader), steps_at(b));
   }
 
@@ -76,7 +76,7 @@ class Weights {
   int64_t list_bytes() const { return (layout.steps + 16) / 16 * 64; }
   int64_t block_bytes() const { return 3 * list_bytes() + layout.steps * kSignedBytes + (layout.steps + 1) * kBlockChannels * 4; }
   BlockSteps steps_at(int64_t b) const {
-    uint8_t* at = reinterpret_cast<uint8_t*>(memory->get()) + b * block_bytes();
+    uint8_t* at = memory.get() + b * block_bytes();
     const auto list = [&](int64_t i) { return reinterpret_cast<uint32_t*>(at + i * list_bytes()); };
     uint8_t* const words = at + 3 * list_bytes();
     return {list(0), list(1), list(2), words, reinterpret_cast<int32_t*>(words + layout.steps * kSignedBytes)};
@@ -114,8 +114,7 @@ class Weights {
 
   const PackedLayout& layout;
   const uint8_t* first = nullptr;
-  int64_t room = 0;  ///< blocks
-  std::optional<AlignedWords> memory;
+  Scratch memory;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

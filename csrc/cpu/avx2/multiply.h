@@ -7,25 +7,8 @@
 #pragma once
 #include "epilogue.h"
 
-#include <memory>
-#include <new>
-
 namespace probquant {
 namespace {
-
-/// Scratch on a cache line, counted in 16-bit words; not initialised.
-class AlignedWords {
- public:
-  explicit AlignedWords(int64_t count) : words(static_cast<int16_t*>(::operator new(static_cast<size_t>(2 * count), kAlignment))) {}
-  int16_t* get() const { return words.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(int16_t* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<int16_t, Free> words;
-};
 
 /// Of 4 words of channels 0-3 and 4-7: the first two of 8 channels, and their last two.
 inline void separate_pairs(__m256i low, __m256i high, __m256i (&pairs)[2]) {

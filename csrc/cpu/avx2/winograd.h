@@ -37,7 +37,9 @@ class Winograd {
   template <class Kernel>
   void run(const LayerRange& range, Kernel& kernel) {
     const int64_t most = clamp(kInputBytes / (kPositions * inputs * 2), kTogether, 4096);
-    AlignedWords v(most * kPositions * inputs), u(kPositions * inputs * kPanel);
+    Scratch inputs_memory, weights_memory;
+    int16_t* const v = inputs_memory.at_least<int16_t>(most * kPositions * inputs);
+    int16_t* const u = weights_memory.at_least<int16_t>(kPositions * inputs * kPanel);
     for (int64_t sample = range.row_begin / p.rows_per_sample; sample * p.rows_per_sample < range.row_end; ++sample) {
       const int64_t first_row = sample * p.rows_per_sample;
       begin = clamp(range.row_begin - first_row, 0, p.rows_per_sample);
@@ -47,7 +49,7 @@ class Winograd {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t from = first + (last - first) * chunk / chunks, count = first + (last - first) * (chunk + 1) / chunks - from;
         kernel.start_chunk(first_row + begin, first_row + end);
-        for (int64_t i = 0; i < count; ++i) transform_input(sample, from + i, v.get() + i * inputs, count * inputs);
+        for (int64_t i = 0; i < count; ++i) transform_input(sample, from + i, v + i * inputs, count * inputs);
         for (int64_t channel = range.channel_begin; channel < range.channel_end; channel += kPanel) {
           Panel panel;
           panel.index = channel / kBlockChannels;
@@ -55,10 +57,10 @@ class Winograd {
           panel.channel = channel;
           panel.channels = range.channel_end - channel < kPanel ? range.channel_end - channel : kPanel;
           panel.blocks = panel.channels > kBlockChannels ? 2 : 1;
-          transform_weights(panel, u.get());
+          transform_weights(panel, u);
           for (int64_t i = 0; i < count; i += kTogether) {
             const int64_t together = count - i < kTogether ? count - i : kTogether;
-            multiply(v.get() + i * inputs, count * inputs, u.get(), together);
+            multiply(v + i * inputs, count * inputs, u, together);
             for (int64_t t = 0; t < together; ++t) finish_tile(sample, from + i + t, t, panel, kernel);
           }
         }
