@@ -69,10 +69,11 @@ def test_linear_layer_comes_near_the_best_of_all_roundings(centred):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_what_is_learnt_without_profiles_serves_with_them(groups):
-    x, profile = correlated(6, 8, 9, 9) + 0.5, torch.linspace(0.1, 1.0, 8)
-    weight = torch.randn(8, 3, 3, 8 // groups, generator=torch.Generator().manual_seed(5))
+    x, profile = correlated(24, 8, 9, 9) + 0.5, torch.linspace(0.1, 1.0, 8)
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(8, 3, 3, 8 // groups, generator=generator)
     codes, scale = quantize_weight(weight)
-    samples, options = torch.rand(6, dtype=torch.float64), {**CONV, "groups": groups}
+    samples, options = torch.rand(24, dtype=torch.float64, generator=generator), {**CONV, "groups": groups}
     found = []
     for values, over in ((x, profile), (x / profile.reshape(-1, 1, 1), None)):
         fits = RoundingFit(weight.shape, options, centred=True), BiasFit(weight.shape, options)
@@ -80,7 +81,7 @@ def test_what_is_learnt_without_profiles_serves_with_them(groups):
             fit.update(values, samples)
         found.append((fits[0].fit(weight, scale, over), fits[1].fit(weight, codes, scale, over)))
     (a, bias_a), (b, bias_b) = found
-    assert (a != b).float().mean() < 0.02 and (a != codes).float().mean() > 0.05  # float32 sums may tip a weight that is half way
+    assert (a != b).float().mean() < 0.02 and (a != codes).float().mean() > 0.1  # float32 sums may tip a weight that is half way
     assert torch.allclose(bias_a, bias_b, rtol=1e-4, atol=1e-6)
 
 
