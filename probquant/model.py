@@ -150,10 +150,10 @@ class QuantizedModel(fx.GraphModule):
         @functools.wraps(graph_forward)
         def forward(self, *args, **kwargs):
             given = args if not kwargs and all(type(x) is torch.Tensor for x in args) else pytree.tree_leaves((args, kwargs))
+            if self.meta["sizes"] is not None and not _is_traced():
+                check_sizes("the call", self._bound(args, kwargs) if kwargs else args, self.meta["sizes"])
             if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in given):
                 return graph_forward(self, *args, **kwargs)
-            if self.meta["sizes"] is not None:
-                check_sizes("the call", self._bound(args, kwargs) if kwargs else args, self.meta["sizes"])
             run, (holders, names, tensors) = self._recorded
             if run is None or not all(map(operator.is_, map(dict.get, holders, names), tensors)):  # of a hundred tensors: in C
                 if not all(x.numel() for x in given):  # whose sizes tell nothing

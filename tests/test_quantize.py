@@ -673,6 +673,21 @@ def test_images_of_other_sizes_than_the_model_computes_with(end, tmp_path):
         pq.quantize(model, [x, torch.rand(8, 3, 18, 18)], strategy="dynamic", progress=False)
 
 
+def test_sizes_are_checked_beside_other_arguments():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(288, 4)
+
+        def forward(self, x, scale):
+            return self.head(self.conv(x).flatten(1)) * scale
+
+    qmodel = pq.quantize(Scaled().eval(), [(torch.rand(4, 3, 8, 8), 2.0)], strategy="dynamic", progress=False)
+    for call in (lambda x: qmodel(x, 2.0), lambda x: qmodel(scale=2.0, x=x)):
+        with pytest.raises(ValueError, match=r"the call has shape \[2, 3, 9, 9\] for input 0, want \[any, 3, 8, 8\]"):
+            call(torch.rand(2, 3, 9, 9))
+
+
 def test_what_cannot_be_exported_is_told():
     class Branches(nn.Module):
         def __init__(self):
