@@ -167,7 +167,8 @@ def _add_run(
         place = -1 if leaves else _place(node, numbers, unread)
         body += [names.index(node.target._opname), int(leaves), upcoming[node], place, *_encode(node, numbers), len(unread), *unread]
         written = {numbers[value]: sizes.get(value, 0) for _, value in _values(node)}
-        activations = sum(written.values()) + sum(sizes.get(source, 0) for source in node.all_input_nodes if source.op != "get_attr")
+        moved = (source for source in node.all_input_nodes if source.op != "get_attr" and numbers[source] != place)
+        activations = sum(written.values()) + sum(sizes.get(source, 0) for source in moved)
         weights = sum(operator.attrgetter(source.target)(graph_module).nbytes for source in node.all_input_nodes if source.op == "get_attr")
         alive = {value: size for value, size in (alive | written).items() if value not in unread}
         traffic += [len(body) - start, int(node in by_image), activations, sum(alive.values()), weights]
