@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ._native import are_held
 from ._ops import ops
 from .files import replacing
 from .huge_pages import side_by_side
 from .nodes import check_sizes
 from .recording import record
 from .telemetry import Telemetry
+
+# Asked for at every call, by names of this module: torch's own have thousands of names beside them, which the last call's weights drove from the caches.
+_is_compiling, _is_tracing, _dispatch_modes = torch.compiler.is_compiling, torch._C._is_tracing, torch._C._len_torch_dispatch_stack
 
 _UNITS = "int8_layers"
 _FORMAT = 1
@@ -145,20 +149,22 @@ class QuantizedModel(fx.GraphModule):
     def recompile(self):
         code = super().recompile()
         cls = type(self)  # of this model alone: fx makes one for each
+        del cls.__call__  # which tells more of errors in generated code, and takes its time: the base's does the rest
         graph_forward = cls.forward
 
         @functools.wraps(graph_forward)
         def forward(self, *args, **kwargs):
-            given = args if not kwargs and all(type(x) is torch.Tensor for x in args) else pytree.tree_leaves((args, kwargs))
-            if self.meta["sizes"] is not None and not _is_traced():
+            traced = _is_traced()
+            if self.meta["sizes"] is not None and not traced:
                 check_sizes("the call", self._bound(args, kwargs) if kwargs else args, self.meta["sizes"])
-            if _is_traced() or not all(type(x) is torch.Tensor and x.is_cpu for x in given):
+            if traced or ((kwargs or not _all_on_cpu(args)) and not _all_on_cpu(pytree.tree_leaves((args, kwargs)))):
                 return graph_forward(self, *args, **kwargs)
-            run, (holders, names, tensors) = self._recorded
-            if run is None or not all(map(operator.is_, map(dict.get, holders, names), tensors)):  # of a hundred tensors: in C
-                if not all(x.numel() for x in given):  # whose sizes tell nothing
+            run, read = self._recorded
+            if run is None or not are_held(*read):
+                if not all(x.numel() for x in pytree.tree_leaves((args, kwargs))):  # whose sizes tell nothing
                     return graph_forward(self, *args, **kwargs)
-                run = record(self, self._bound(args, kwargs), hold=True) or functools.partial(graph_forward, self)
+                recorded = record(self, self._bound(args, kwargs), hold=True)
+                run = recorded.forward if recorded else functools.partial(graph_forward, self)
                 self.__dict__["_recorded"] = (run, self._tensors_read())
             return run(*args, **kwargs)
 
@@ -253,7 +259,15 @@ def _capture(result: tuple[torch.Tensor, ...]) -> Capture:
 
 def _is_traced() -> bool:
     """Whether what is called now must be the graph's ops: by torch.compile, torch.export, make_fx, fake tensors, torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return _is_compiling() or _is_tracing() or _dispatch_modes() > 0
+
+
+def _all_on_cpu(given: Iterable) -> bool:
+    """Whether all are tensors on the CPU, and no subclass's."""
+    for x in given:  # a generator would cost more than what it says of one input
+        if type(x) is not torch.Tensor or not x.is_cpu:
+            return False
+    return True
 
 
 class UnitTensors(nn.Module):

@@ -15,6 +15,7 @@ import operator
 import string
 import struct
 import weakref
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -27,6 +28,7 @@ from ._ops import ops
 
 _NOT_RECORDED = ("run", "run_held", "hold", "release", "pack_weight")
 _WORTH_FETCHING = 1 << 14  # bytes of a weight, from which on the layer before is told of it
+_run_held = ops.run_held.default
 _flatten = torch.ops.aten.flatten.using_ints  # the one op of torch that is recorded
 _TRAFFIC = 5  # numbers for each op, before the ops
 _ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -49,6 +51,9 @@ class _Held:
         self.number = ops.hold.default(constants, recording)
         weakref.finalize(self, _release, self.number)
 
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return _run_held(inputs, self.number)
+
 
 def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int = 2, hold: bool = False) -> fx.GraphModule | None:
     """The graph with its int8 ops recorded, and tensors of `graph_module` as its constants; None if there is nothing to win, as
@@ -67,7 +72,6 @@ def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int
         return None
     sizes = {} if inputs is None else _image_bytes(graph_module, inputs)
     root: dict[str, object] = {}
-    held: list[_Held] | None = [] if hold else None
     graph, copies = fx.Graph(), {}
     graph.set_codegen(graph_module.graph._codegen)
     inside = {node for nodes in recorded.values() for node in nodes}
@@ -78,10 +82,29 @@ def record(graph_module: fx.GraphModule, inputs: tuple | None = None, least: int
                 if node.op == "get_attr":
                     root[node.target] = operator.attrgetter(node.target)(graph_module)
         if level in recorded:
-            _add_run(graph, copies, root, graph_module, recorded[level], sizes, f"recording_{level}", held)
-    result = fx.GraphModule(root, graph)
-    result.held = held
-    return result
+            _add_run(graph, copies, root, graph_module, recorded[level], sizes, f"recording_{level}", hold)
+    if hold:
+        _take_as_it_is(graph)
+    return fx.GraphModule(root, graph)
+
+
+def _take_as_it_is(graph: fx.Graph) -> None:
+    """Takes pytree out of a graph whose arguments are tensors, and its results at most in tuples, lists and dictionaries."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None or info.out_spec is None:
+        return
+    names = [node.target for node in graph.nodes if node.op == "placeholder"]
+    flat = pytree.tree_structure((tuple(names), {})) == info.in_spec and names == info.orig_args
+    output = next(node for node in graph.nodes if node.op == "output")
+    if flat and all(spec.is_leaf() or spec.type in (tuple, list, dict) for spec in _specs(info.out_spec)):
+        output.args = (pytree.tree_unflatten(output.args[0], info.out_spec),)
+        graph.set_codegen(fx.graph.CodeGen())
+
+
+def _specs(spec: pytree.TreeSpec) -> Iterator[pytree.TreeSpec]:
+    yield spec
+    for child in spec.children():
+        yield from _specs(child)
 
 
 def _is_op(node: fx.Node) -> bool:
@@ -134,9 +157,9 @@ def _image_bytes(graph_module: fx.GraphModule, inputs: tuple) -> dict[fx.Node, i
 
 
 def _add_run(
-    graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, name: str, held: list[_Held] | None
+    graph: fx.Graph, copies: dict, root: dict, graph_module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, name: str, hold: bool
 ) -> None:
-    """Appends a call that runs `nodes`, and what others read of its results, to the graph; what it holds to `held`."""
+    """Appends a call that runs `nodes`, and what others read of its results, to the graph."""
     mine = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in mine))
     constants = [source for source in inputs if source.op == "get_attr"]
@@ -180,9 +203,8 @@ def _add_run(
     head += [len(results), *results]
     head += [sum(sizes.get(source, 0) for source in inputs), len(operations)]
     tensors, recording = [operator.attrgetter(node.target)(graph_module).detach() for node in constants], _write(head + traffic + body)
-    if held is not None and inputs:  # which tell where to run
-        held.append(_Held(tensors, recording))
-        call = graph.call_function(ops.run_held.default, ([copies[source] for source in inputs], held[-1].number))
+    if hold and inputs:  # which tell where to run
+        call = graph.call_function(_Held(tensors, recording).run, ([copies[source] for source in inputs],))
     else:
         root[f"{name}_constants"] = tensors
         call = graph.call_function(ops.run.default, ([copies[source] for source in inputs], graph.get_attr(f"{name}_constants"), recording))

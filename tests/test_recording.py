@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import probquant as pq
 from probquant import ops
+from probquant._native import are_held
 from probquant.compare import peak_activation_bytes
-from probquant.recording import _arguments, _by_image, _place, _read, _upcoming, _write, record
+from probquant.recording import _arguments, _by_image, _Held, _place, _read, _upcoming, _write, record
 
 
 @functools.cache
@@ -25,6 +26,10 @@ def quantized(name, **options):
 
 def runs_of(graph_module):
     return [node for node in graph_module.graph.nodes if node.target is ops.run.default]
+
+
+def held_runs_of(qmodel):
+    return [node for node in qmodel._recorded[0].__self__.graph.nodes if isinstance(getattr(node.target, "__self__", None), _Held)]
 
 
 def int8_ops_of(graph_module):
@@ -310,7 +315,37 @@ def test_an_empty_batch_records_nothing():
     assert qmodel(*(part[:0] for part in x)).shape[0] == 0
     assert qmodel._recorded[0] is None
     qmodel(*x)
-    assert qmodel._recorded[0].held
+    assert held_runs_of(qmodel)
+
+
+def test_results_in_structures():
+    class Structured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x, other):
+            y = self.a(x + other).relu()
+            z = self.b(y).relu()
+            return {"last": self.c(z), "both": (z, [y])}
+
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 2, 3, 12, 12)
+    qmodel = pq.quantize(Structured().eval(), [(x, other)], surrogate="gaussian", progress=False)
+    wanted = fx.Interpreter(qmodel).run(x, other)
+    for found in (qmodel(x, other), qmodel(x, other=other), qmodel(other=other, x=x)):
+        assert equal(found, wanted)
+    assert held_runs_of(qmodel) and "pytree" not in qmodel._recorded[0].__self__.code
+
+
+def test_what_dictionaries_hold():
+    value, same = [1], [1]
+    held = {"a": value, "b": None}
+    assert are_held((held,) * 40, ("a", "b") * 20, (value, None) * 20) and are_held((), (), ())
+    assert not are_held((held,) * 2, ("a", "a"), (value, same)) and not are_held((held,), ("c",), (None,))
+    for wrong in (((held,), ("a",), ()), ((held,), (), (value,))):
+        with pytest.raises(ValueError, match="want as many names and values as holders"):
+            are_held(*wrong)
 
 
 def test_threads_share_a_model():
