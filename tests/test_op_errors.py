@@ -113,7 +113,7 @@ def cases():
     yield "linear", {"out_features": 0}, ["out_features 0, want > 0"]
     yield "linear", {"out_features": 16 * 9}, ["packed_weight has shape", "want"]
     yield "linear", {"packed_weight": weight(8, 100)}, [r"packed_weight has shape \[\d+\], want \[\d+\]"]
-    yield "conv2d", {"packed_weight": weight(8, 1, 1, 4)}, [r"packed_weight has shape \[\d+\], want \[\d+\]"]
+    yield "conv2d", {"packed_weight": weight(8, 1, 1, 4)}, [r"packed_weight has shape \[\d+\], want \[\d+\], of a weight \[8, 3, 3, 4\] for 4 channels of x"]
     yield "linear", {"packed_weight": weight(8, 6).view(torch.int8)}, ["packed_weight has dtype int8, want uint8"]
     yield "linear", {"packed_weight": weight(8, 6).repeat(2)[::2]}, ["packed_weight must be contiguous, has strides"]
 

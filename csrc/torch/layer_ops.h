@@ -105,7 +105,11 @@ Quantized run_layer(const char* op, const Conv2dShape& shape, bool image, const 
   LayerArguments a;
   a.x = input(x, x_scale, x_zero_point);
   add_stats(a.x, x_stats, check_stats({op, "x_stats"}, x_stats, x_scale));
-  check_dense({op, "packed_weight"}, packed_weight, device, codes().uint8, {Backend::packed_weight_bytes(weight_shape(shape))});
+  check_device_and_dtype({op, "packed_weight"}, packed_weight, device, codes().uint8);
+  const int64_t packed_bytes = Backend::packed_weight_bytes(weight_shape(shape));
+  require(same(packed_weight.sizes(), {packed_bytes}), op, ": packed_weight has shape ", text(packed_weight.sizes()), ", want [", packed_bytes, "], of a weight ",
+          text({shape.out_channels, shape.kernel_height, shape.kernel_width, shape.in_channels / shape.groups}), " for ", shape.in_channels, " channels of x");
+  require(packed_weight.is_contiguous(), op, ": packed_weight must be contiguous, has strides ", text(packed_weight.strides()));
   a.packed_weight = packed_weight.data<const uint8_t>();
   a.residual = residual.check(op, y_sizes, x_scale.sizes());
   a.activation = check_activation(op, activation);
