@@ -157,11 +157,11 @@ class QuantizedModel(fx.GraphModule):
             traced = _is_traced()
             if self.meta["sizes"] is not None and not traced:
                 check_sizes("the call", self._bound(args, kwargs) if kwargs else args, self.meta["sizes"])
-            if traced or ((kwargs or not _all_on_cpu(args)) and not _all_on_cpu(pytree.tree_leaves((args, kwargs)))):
+            if traced or not _all_on_cpu(args) or (kwargs and not _all_on_cpu(kwargs.values())):
                 return graph_forward(self, *args, **kwargs)
             run, read = self._recorded
             if run is None or not are_held(*read):
-                if not all(x.numel() for x in pytree.tree_leaves((args, kwargs))):  # whose sizes tell nothing
+                if not all(x.numel() for x in (*args, *kwargs.values())):  # whose sizes tell nothing
                     return graph_forward(self, *args, **kwargs)
                 recorded = record(self, self._bound(args, kwargs), hold=True)
                 run = recorded.forward if recorded else functools.partial(graph_forward, self)
