@@ -53,8 +53,8 @@ def quantize(
     exclude: Sequence[str] | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
-    """Makes an int8 model of a float one, whose parameters may be float32, float16 or bfloat16. The float model is left untouched, and so are the calibration batches: a model that writes into its
-    inputs becomes one that computes the same and does not.
+    """Makes an int8 model of a float one, whose parameters may be float32, float16 or bfloat16. The float model is left untouched, and so are the
+    calibration batches: a model that writes into its inputs becomes one that computes the same and does not.
 
     calibration_batches: iterable of float batches as the model takes them (a tensor, or a tuple of positional arguments;
         arguments the model does not take, labels for example, are ignored). A few dozen samples do. Read once.
