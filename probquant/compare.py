@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .files import replacing
 from .metrics import joined_outputs, outputs_of, sqnr
 from .model import QuantizedModel
-from .quantize import capture, check_float_model, positional_limit
+from .quantize import arguments_in, capture, check_float_model, positional_limit
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity
@@ -186,7 +186,7 @@ def compare(
 
     with torch.no_grad(), tqdm(desc=f"comparing on {shift} images", unit=" images", disable=not progress) as bar:
         for batch in batches:
-            inputs = tuple(batch)[:limit] if isinstance(batch, (tuple, list)) else (batch,)
+            inputs = arguments_in(batch, limit)
             n = len(inputs[0])
             if n == 0:
                 continue

@@ -146,22 +146,24 @@ def _export(model, example):
             f"probquant: {type(model).__name__} fixes its batch size at {example[0].shape[0]}: {str(dynamic_error).splitlines()[0]}", stacklevel=3
         )
         return program, example, False
+    _upsample_by_factors(program)
     described = _described(program)
     larger = [x.new_empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]) if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in several]
     log = logging.getLogger("torch._subclasses.fake_tensor")  # would tell of every op that the larger images do not fit
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:  # tracing looks at shapes alone
-        return program, several, described == _described(export(larger, dynamic_shapes=dynamic))
+        other = export(larger, dynamic_shapes=dynamic)
+        _upsample_by_factors(other)
+        return program, several, described == _described(other)
     except Exception:
         return program, several, False
     finally:
         log.setLevel(level)
 
 
-def _described(program) -> tuple:
-    """What a program does, with all its constants: of a model that computes with the sizes of its images, it depends on them. Upsampling to a
-    multiple of the input's size becomes upsampling by a factor, which does not."""
+def _upsample_by_factors(program) -> None:
+    """Upsampling to a multiple of the input's size becomes upsampling by a factor, which does not depend on the size."""
     for node in program.graph.nodes:
         if node.target in _UPSAMPLES:
             factor = _whole_factor(node, shape_of(node.args[0]), shape_of(node))
@@ -169,6 +171,10 @@ def _described(program) -> tuple:
                 node.target = next(op for op in _UPSAMPLES if op._schema.name == node.target._schema.name and op._overloadname == "vec")
                 node.args, node.kwargs = (node.args[0], None, [float(part) for part in factor]), {}
     program.graph_module.recompile()
+
+
+def _described(program) -> tuple:
+    """What a program does, with all its constants: of a model that computes with the sizes of its images, it depends on them."""
     constants = [value.tolist() if isinstance(value, torch.Tensor) else value for value in program.constants.values()]
     # a window of _ceil_padding() fits the sizes that it was made for
     return constants, [(node.op, node.target, str(node.args), str(node.kwargs), _is_ceiled(node) and shape_of(node)[2:]) for node in program.graph.nodes]

@@ -231,9 +231,13 @@ def positional_limit(model: nn.Module) -> int | None:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def arguments_in(batch, limit: int | None) -> tuple:
+    """What of a batch the model takes, which is so many arguments at most (positional_limit)."""
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))[:limit]
+
+
 def _inputs(batch, limit: int | None) -> tuple:
-    inputs = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    inputs = inputs[:limit]
+    inputs = arguments_in(batch, limit)
     if not inputs or not isinstance(inputs[0], torch.Tensor):
         raise ValueError(f"probquant: a calibration batch is a {type(batch).__name__}, want a tensor or a tuple of the model's inputs")
     for x in inputs:
